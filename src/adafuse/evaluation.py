@@ -1,0 +1,224 @@
+"""Multiple-choice accuracy and answer NLL of a causal LM, adapted or not. Knows nothing of experts or routing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.nn.functional import cross_entropy
+
+NO_DOMAIN = "(no domain)"
+
+
+@dataclass(frozen=True)
+class ChoiceItem:
+    """One question: `choices[answer]` is the right continuation of `prompt`."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+    domain: str = ""
+
+
+@dataclass(frozen=True)
+class Score:
+    """accuracy: share of `items` whose right choice scored best. nll: nats per token over all `answer_tokens` of right choices."""
+
+    items: int
+    accuracy: float
+    nll: float
+    answer_tokens: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `evaluate` found. domains: by name, sorted; empty if no item names one. skipped: items longer than `limit` tokens."""
+
+    overall: Score
+    domains: dict[str, Score]
+    skipped: int
+    limit: int | None
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def __str__(self):
+        rows = [*self.domains.items(), ("overall", self.overall)]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{'':{width}}  items  accuracy  NLL/token"]
+        lines += [f"{name:{width}}  {s.items:5d}  {s.accuracy:7.1%}   {s.nll:8.3f}" for name, s in rows]
+        if self.skipped:
+            lines.append(f"left out: {self.skipped} item(s) longer than the model's {self.limit} tokens")
+        return "\n".join(lines)
+
+
+def read_choices(path) -> list[ChoiceItem]:
+    """Read a JSONL file of {"prompt": str, "choices": [str, ...], "answer": int, "domain": str (optional)}; blank lines are skipped.
+
+    Raises ValueError, with the line's number, for broken JSON, a missing key, a value of another type, fewer than two
+    choices, an empty choice, or an answer outside them; and for a file without items.
+    """
+    items = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    items.append(_parse_item(line.decode("utf-8-sig")))
+                except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+                    raise ValueError(f"{path}, line {number}: {error}") from None
+    if not items:
+        raise ValueError(f'{path} holds no items; write one JSON object a line: {{"prompt": ..., "choices": [...], "answer": 0}}')
+    return items
+
+
+@torch.no_grad()
+def evaluate(
+    model,
+    tokenizer,
+    items: Sequence[ChoiceItem],
+    batch_size: int = 16,
+    *,
+    chat: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Accuracy by mean log-likelihood per answer token over the choices, and NLL per token of the right answer.
+
+    pick = argmax_c (1 / |c|) sum_i log p(c_i | prompt, c_<i), ties to the lower index; right if the picked text is the answer's.
+
+    model: a HuggingFace causal LM or an AdaFuseModel; put in eval mode meanwhile. batch_size: sequences (prompt and one choice)
+    a forward. chat: wrap each prompt as the user's turn of the tokenizer's chat template. progress(done, total) is called after
+    each forward, in sequences. Items longer than the model's limit are left out whole and counted in `Result.skipped`.
+    Raises ValueError if no item is left, for tokenizers that cannot do what is asked, and for a model that answers NaN.
+    """
+    limit = position_limit(model)
+    encoded = [_encode(tokenizer, item, chat) for item in items]
+    kept = [i for i, pairs in enumerate(encoded) if limit is None or all(len(p) + len(c) <= limit for p, c in pairs)]
+    if not kept:
+        why = f"each of the {len(items)} item(s) is longer than the model's {limit} tokens" if items else "no items were given"
+        raise ValueError(f"nothing to evaluate: {why}")
+    scores = iter(loglikelihoods(model, [pair for i in kept for pair in encoded[i]], batch_size, progress=progress))
+    outcomes: dict[str, list] = {}
+    for i in kept:
+        outcome = _outcome(items[i], encoded[i], [next(scores) for _ in encoded[i]])
+        outcomes.setdefault(items[i].domain or NO_DOMAIN, []).append(outcome)
+    domains = {name: _score(found) for name, found in sorted(outcomes.items())} if set(outcomes) != {NO_DOMAIN} else {}
+    return Result(_score([o for found in outcomes.values() for o in found]), domains, len(items) - len(kept), limit)
+
+
+@torch.no_grad()
+def loglikelihoods(model, pairs, batch_size: int = 16, *, progress=None) -> list[float]:
+    """log p(answer | prompt) in nats, summed over the answer's tokens, for each pair (prompt ids, answer ids), in order.
+
+    Both parts need at least one token. Softmax in fp32. Sequences are padded on the right and masked by their length, so a pad
+    token that is also an end-of-text token costs nothing; the longest go first.
+    """
+    if not all(prompt and answer for prompt, answer in pairs):
+        raise ValueError("a prompt or an answer has no tokens; each needs at least one (see prompt_ids for empty prompts)")
+    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+    sums = [0.0] * len(pairs)
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            chunk = order[start : start + batch_size]
+            for i, value in zip(chunk, _score_batch(model, [pairs[i] for i in chunk]), strict=True):
+                sums[i] = value
+            if progress is not None:
+                progress(start + len(chunk), len(order))
+    finally:
+        model.train(training)
+    if any(math.isnan(value) for value in sums):
+        raise ValueError("the model's log-likelihoods are NaN; check its weights and dtype (fp16 overflows where bf16 does not)")
+    return sums
+
+
+def position_limit(model) -> int | None:
+    """The longest sequence, in tokens, that the model's position embeddings allow; None if its config names none."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def prompt_ids(tokenizer, prompt: str, chat: bool = False) -> list[int]:
+    """Token ids of a prompt: the tokenizer's BOS if it adds one, then the text; never an EOS.
+
+    An empty prompt becomes the BOS token, or the EOS token of a tokenizer that adds none, as in lm-eval. chat: the prompt is the
+    user's turn, followed by the head of the assistant's.
+    """
+    if chat:
+        if not tokenizer.chat_template:
+            raise ValueError("chat=True, but the tokenizer has no chat template; evaluate with chat=False or set tokenizer.chat_template")
+        turns = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False).input_ids
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # Asked of the tokenizer, as its settings differ in where they say so. A bare "" could not tell BOS from EOS where they are one.
+    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    ids = [bos] * adds_bos + tokenizer(prompt, add_special_tokens=False).input_ids
+    if ids:
+        return ids
+    first = bos if bos is not None else eos
+    if first is None:
+        raise ValueError("a prompt is empty and the tokenizer has neither BOS nor EOS to start from; give every item a prompt")
+    return [first]
+
+
+def _parse_item(line) -> ChoiceItem:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, got {type(record).__name__}")
+    if missing := [key for key in ("prompt", "choices", "answer") if key not in record]:
+        raise ValueError(f"missing {', '.join(missing)}; needed: prompt, choices, answer (and domain, if any)")
+    prompt, choices, answer, domain = record["prompt"], record["choices"], record["answer"], record.get("domain", "")
+    if not isinstance(prompt, str) or not isinstance(domain, str):
+        raise ValueError("prompt and domain must be strings")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
+        raise ValueError("choices must be a list of non-empty strings")
+    if len(choices) < 2:
+        raise ValueError(f"{len(choices)} choice(s); needed: 2 or more")
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise ValueError(f"answer {answer!r} is not the index of a choice; allowed: 0 to {len(choices) - 1}")
+    return ChoiceItem(prompt, tuple(choices), answer, domain)
+
+
+def _encode(tokenizer, item, chat) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, choice ids) of each choice. Apart, then joined: so the same prompt tokens precede every choice."""
+    prompt = prompt_ids(tokenizer, item.prompt, chat)
+    answers = [tokenizer(choice, add_special_tokens=False).input_ids for choice in item.choices]
+    if not all(answers):
+        raise ValueError(f"the tokenizer makes no token of a choice: {item.choices[answers.index([])]!r}")
+    return [(prompt, answer) for answer in answers]
+
+
+def _score_batch(model, pairs) -> list[float]:
+    """`loglikelihoods` of one padded batch. The last token of a sequence is only predicted, so it is not fed."""
+    lengths = [len(prompt) + len(answer) - 1 for prompt, answer in pairs]
+    input_ids = torch.zeros(len(pairs), max(lengths), dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, (prompt, answer) in enumerate(pairs):
+        input_ids[row, : lengths[row]] = torch.tensor((prompt + answer)[:-1])
+        mask[row, : lengths[row]] = 1
+    logits = model(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+    sums = [
+        -cross_entropy(logits[row, length - len(answer) : length].float(), _targets(answer, logits), reduction="sum")
+        for row, (length, (_, answer)) in enumerate(zip(lengths, pairs, strict=True))
+    ]
+    return torch.stack(sums).tolist()
+
+
+def _targets(answer, logits):
+    return torch.tensor(answer, device=logits.device)
+
+
+def _outcome(item, pairs, sums) -> tuple[bool, float, int]:
+    """(right?, NLL of the right answer, its tokens)."""
+    means = [value / len(answer) for value, (_, answer) in zip(sums, pairs, strict=True)]
+    pick = means.index(max(means))
+    return item.choices[pick] == item.choices[item.answer], -sums[item.answer], len(pairs[item.answer][1])
+
+
+def _score(outcomes) -> Score:
+    tokens = sum(count for _, _, count in outcomes)
+    right, nll = sum(right for right, _, _ in outcomes), sum(nll for _, nll, _ in outcomes)
+    return Score(len(outcomes), right / len(outcomes), nll / tokens, tokens)

@@ -1,0 +1,200 @@
+"""AdapterLinear and the routed block: where base linear, bank and routing meet.
+
+How a routing travels: block 0 routes (`PreGate`), before its own forward and outside any gradient checkpoint. Each block is then
+called with its share as a keyword argument, so that a checkpoint keeps it with the call: a recompute in the backward pass uses
+the routing of its own forward, however many forwards came after. Inside the block's forward, its linears read it.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+from torch.nn.functional import dropout
+
+from adafuse.ops.delta import add_delta
+from adafuse.router import Routing
+
+OUTSIDE = object()  # no forward is running
+# Per thread and task, so that two threads may run one model. `_forward_masks`: the rank masks of the running forward, a block's
+# each, from block 0 to the last; `_block_mask`: the one of the running block. None in them means: adapters off.
+_forward_masks: ContextVar = ContextVar("adafuse_forward_masks", default=OUTSIDE)
+_block_mask: ContextVar = ContextVar("adafuse_block_mask", default=OUTSIDE)
+_recorder: ContextVar = ContextVar("adafuse_recorder", default=None)
+
+
+class StopAfterRouting(Exception):
+    """Raised out of a forward whose caller wants no more than the routing."""
+
+
+class Recorder:
+    """What `recording` yields: the h0 and the Routing of the forwards run inside it, last first asked for."""
+
+    def __init__(self, stop):
+        self.stop, self.h0, self.routing = stop, None, None
+
+
+@contextmanager
+def recording(stop=False):
+    """Keep h0 and the routing of the forward run inside; with `stop`, end that forward as soon as they are known."""
+    recorder = Recorder(stop)
+    token = _recorder.set(recorder)
+    try:
+        yield recorder
+    except StopAfterRouting:
+        if not stop:
+            raise
+    finally:
+        _recorder.reset(token)
+
+
+class PreGate:
+    """The one routing decision of a forward: h0 -> the rank mask of every block. Owned by the model, shared by its blocks."""
+
+    def __init__(self, router, config, num_blocks):
+        self.router, self.config, self.num_blocks = router, config, num_blocks
+        self.enabled = True
+
+    def masks(self, h0: torch.Tensor) -> list[torch.Tensor | None]:
+        """h0 [B, S, H] -> for each block [B, S, E*r + S_shared], the scaled weight of each rank, 0 where not chosen."""
+        recorder = _recorder.get()
+        if not self.enabled and recorder is None:
+            return [None] * self.num_blocks
+        if h0.dim() != 3:
+            raise ValueError(f"block 0 was given hidden states of shape {list(h0.shape)}; routing needs [batch, seq, hidden]")
+        routing = self.router(h0) if self.enabled else None
+        if recorder is not None:
+            recorder.h0, recorder.routing = h0, routing
+            if recorder.stop:
+                raise StopAfterRouting
+        if routing is None:
+            return [None] * self.num_blocks
+        masks = self._rank_masks(routing, compute_dtype(h0))
+        return masks * self.num_blocks if len(masks) == 1 else masks
+
+    def _rank_masks(self, routing: Routing, dtype) -> list[torch.Tensor]:
+        """One mask a decision: scale * weight over the r ranks of each expert, then the shared expert's scale."""
+        config = self.config
+        weights = (routing.dense().movedim(-2, 0) * config.scale).to(dtype)
+        masks = weights.repeat_interleave(config.r, dim=-1)
+        if config.shared_rank:
+            masks = torch.cat([masks, masks.new_full((*masks.shape[:-1], config.shared_rank), config.shared_scale)], dim=-1)
+        return list(masks.unbind(0))
+
+
+class RoutedBlock:
+    """Mixed in front of the class of a block: adds the routing to its call, and opens it to the linears inside its forward.
+
+    `__call__` runs once, in the forward, outside gradient checkpointing (transformers checkpoints inside it); `forward` runs
+    again in a recompute, with the keyword argument that the checkpoint kept.
+    """
+
+    def __call__(self, *args, **kwargs):
+        _refuse_reentrant(self)
+        gate, index = self._adafuse_gate, self._adafuse_index
+        if index == 0:
+            _forward_masks.set(gate.masks(args[0] if args else kwargs["hidden_states"]))
+        masks = _forward_masks.get()
+        if masks is OUTSIDE:
+            raise RuntimeError(
+                f"block {index} was called outside a forward of its model, so no routing is known for it. Checkpointing that wraps "
+                "whole blocks from outside (torch's checkpoint_wrapper) does this; use model.gradient_checkpointing_enable() instead"
+            )
+        if index == gate.num_blocks - 1:
+            _forward_masks.set(OUTSIDE)
+        return super().__call__(*args, adafuse_mask=masks[index], **kwargs)
+
+    def forward(self, *args, adafuse_mask, **kwargs):
+        token = _block_mask.set(adafuse_mask)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _block_mask.reset(token)
+
+
+class AdapterLinear(nn.Module):
+    """y = W x + bias + sum_k w_k * s * B[e_k] (A[e_k] dropout(x)) + the shared expert: a base linear beside its bank.
+
+    x [..., I] -> [..., O], with the tokens of the running block in order (flattened or not).
+    """
+
+    def __init__(self, base_layer, bank, path, dropout=0.0):
+        super().__init__()
+        self.base_layer, self.bank = base_layer, bank
+        self.path, self.dropout = path, dropout
+        self.train(base_layer.training)
+
+    def forward(self, x, *args, **kwargs):
+        y = self.base_layer(x, *args, **kwargs)
+        mask = _block_mask.get()
+        if mask is None:
+            return y
+        if mask is OUTSIDE:
+            raise RuntimeError(f"{self.path} was called outside the forward of its block, so no routing is known for it")
+        if mask.shape[:-1].numel() != x.shape[:-1].numel():
+            raise ValueError(
+                f"{self.path} was given {x.shape[:-1].numel()} tokens while the routing is of {mask.shape[:-1].numel()}: it does not "
+                "process the block's own tokens (a cross-attention or an expert of a mixture?); leave it out of target_modules"
+            )
+        if self.training and self.dropout:
+            x = dropout(x, self.dropout)
+        dtype = compute_dtype(x)
+        a, b = self.bank.matrices(dtype)
+        return add_delta(y, x.to(dtype), a, b, rank_mask=mask.to(x.device))
+
+    # What code of the base may read of its linear, as if it were still there.
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        return getattr(self.base_layer, "bias", None)
+
+    @property
+    def in_features(self):
+        return self.bank.in_features
+
+    @property
+    def out_features(self):
+        return self.bank.out_features
+
+    def extra_repr(self):
+        return f"dropout={self.dropout}" if self.dropout else ""
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype a matmul of x runs in: autocast's where it is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _refuse_reentrant(block):
+    if not (getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled()):
+        return
+    if getattr(block._gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is not False:
+        raise ValueError(
+            "reentrant gradient checkpointing would lose the gradient of the router; use "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )
+
+
+def route_blocks(blocks, gate):
+    """Give each block its place in `gate` and put RoutedBlock in front of its class."""
+    for index, block in enumerate(blocks):
+        block._adafuse_gate, block._adafuse_index = gate, index
+        # The class keeps its name: transformers and accelerate know blocks by it (_no_split_modules).
+        block.__class__ = type(type(block).__name__, (RoutedBlock, type(block)), {"__module__": type(block).__module__})
+        if hasattr(block, "_old_forward"):  # accelerate's hooks kept the forward of the class the block had
+            block._old_forward = block.__class__.forward.__get__(block)
+
+
+def unroute_blocks(blocks):
+    """Undo `route_blocks`."""
+    for block in blocks:
+        block.__class__ = block.__class__.__mro__[2]
+        if hasattr(block, "_old_forward"):
+            block._old_forward = block.__class__.forward.__get__(block)
+        del block._adafuse_gate, block._adafuse_index

@@ -1,0 +1,433 @@
+"""AdaFuseModel: a dynamic adapter attached to a HuggingFace causal LM. Attach, run, save, load, detach."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+
+from adafuse import checkpoint
+from adafuse.config import AdaFuseConfig
+from adafuse.discover import check_causal_lm, find_blocks, find_targets
+from adafuse.experts import ExpertBank
+from adafuse.layers import AdapterLinear, PreGate, RoutedBlock, recording, route_blocks, unroute_blocks
+from adafuse.router import Router, Routing, balance_loss
+
+ADAPTER_NAME = "default"  # PEFT's name for the one adapter a model has
+EXECUTIONS = ("auto", "reference")
+
+
+class AdaFuseModel(PeftModel):
+    """`base` with a mixture of LoRA experts on its linears, routed once per token before block 0.
+
+    base: any HuggingFace decoder-only causal LM, quantised or not; it is changed in place (its weights are neither copied nor
+    touched) and frozen, and `detach` gives it back. config: AdaFuseConfig; its defaults if left out. The adapter's parameters
+    are fp32 and trainable. A `PeftModel`, so that Trainer, TRL and Accelerate treat it as one: checkpoints hold the adapter only.
+
+    Raises ValueError, leaving the base as it was, if the base is not a causal LM, carries adapters already, or has no such targets.
+    """
+
+    def __init__(self, base, config: AdaFuseConfig | None = None):
+        nn.Module.__init__(self)
+        config = AdaFuseConfig() if config is None else config
+        _check_unadapted(base)
+        check_causal_lm(base)
+        _, blocks = find_blocks(base)
+        targets = find_targets(base, config)
+        # Everything that can fail comes before the first change to the base.
+        banks = {target.path: _bank_for(target, config) for target in targets}
+        router = Router(
+            base.config.get_text_config(decoder=True).hidden_size,
+            config.num_experts,
+            config.top_k,
+            num_decisions=len(blocks) if config.routing == "layer" else 1,
+            router_hidden=config.router_hidden,
+            device=_device_of(targets[0].module),
+        )
+        self._prepare_peft_surface(base)
+        self.adafuse_config, self.banks = config, banks
+        self.config = _config_with_aux_loss(base.config, config.aux_loss_coef)
+        self.execution = "auto"
+        self._trained_before = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
+        self._gate = PreGate(router, config, len(blocks))
+        base.requires_grad_(False)
+        for target in targets:
+            base.set_submodule(target.path, AdapterLinear(target.module, banks[target.path], target.path, config.lora_dropout))
+        route_blocks(blocks, self._gate)
+        self.base_model = _Backbone(base)
+        self.router = router
+        self.train(base.training)
+
+    def _prepare_peft_surface(self, base):
+        """What PeftModel's own methods, Trainer and TRL read of a PeftModel."""
+        name = getattr(base.config, "_name_or_path", "") or getattr(base, "name_or_path", "")
+        self._peft_config = {ADAPTER_NAME: PeftConfig(base_model_name_or_path=name, task_type="CAUSAL_LM")}
+        self.active_adapter, self.peft_type = ADAPTER_NAME, None
+        self.special_peft_forward_args, self._is_prompt_learning = set(), False
+
+    @property
+    def peft_config(self):
+        return self._peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [ADAPTER_NAME]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return self._gate.enabled
+
+    # --- running ---------------------------------------------------------------------------------------------------
+
+    @property
+    def execution(self) -> str:
+        """How adapters are computed: "reference" (plain PyTorch, differentiable), or "auto", which chooses: now always that."""
+        return self._execution
+
+    @execution.setter
+    def execution(self, value):
+        if value not in EXECUTIONS:
+            raise ValueError(f"execution={value!r} is not available in this version; allowed: {', '.join(map(repr, EXECUTIONS))}")
+        self._execution = value
+
+    def forward(self, *args, output_router_logits: bool | None = None, **kwargs):
+        """The base's forward, adapters included.
+
+        In training mode the balance loss times aux_loss_coef is part of `.loss`. Under gradient accumulation (Trainer passes
+        `num_items_in_batch`) it is weighted with this micro-batch's share of the label tokens, as the language-model loss is.
+        output_router_logits=True (HuggingFace's protocol for mixtures): the output carries `.aux_loss`, unweighted, and `.loss` is
+        left alone; None: as self.config says.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.get_text_config(decoder=True).output_router_logits
+        with recording() as record:
+            output = self.get_base_model()(*args, **kwargs)
+        given = inspect.signature(self.get_base_model().forward).bind_partial(*args, **kwargs).arguments
+        given = {**given.pop("kwargs", {}), **given}
+        if output_router_logits:
+            return _with_aux_loss(output, self._aux_loss(record.routing, given))
+        coefficient = self.adafuse_config.aux_loss_coef
+        if self.training and coefficient and record.routing is not None and given.get("labels") is not None:
+            weight = coefficient * _share_of_labels(given)
+            return _with_loss_added(output, weight * self._aux_loss(record.routing, given))
+        return output
+
+    def _aux_loss(self, routing, given):
+        if routing is None:  # adapters are off
+            return torch.zeros((), device=self.router.weight.device)
+        return balance_loss(routing, given.get("attention_mask"))
+
+    def generate(self, *args, **kwargs):
+        """HuggingFace's `generate` of the adapted model."""
+        return self.get_base_model().generate(*args, **kwargs)
+
+    @torch.no_grad()
+    def route(self, input_ids, attention_mask=None) -> Routing:
+        """Routing of each token: experts int64 and weights float32, [batch, seq, D, top_k], best first. Runs no block."""
+        return self._record(input_ids, attention_mask).routing
+
+    @torch.no_grad()
+    def hidden_before_blocks(self, input_ids, attention_mask=None) -> torch.Tensor:
+        """h0 [batch, seq, H]: the hidden states that enter block 0, which is what the router reads."""
+        return self._record(input_ids, attention_mask).h0
+
+    def _record(self, input_ids, attention_mask):
+        if not self._gate.enabled:
+            raise ValueError("the adapter is disabled, so no token is routed; leave the `disable_adapter()` block first")
+        with recording(stop=True) as record:
+            self.get_base_model()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return record
+
+    @contextmanager
+    def disable_adapter(self):
+        """Inside, the model is its backbone (the reference pass of DPO and GRPO)."""
+        before, self._gate.enabled = self._gate.enabled, False
+        try:
+            yield
+        finally:
+            self._gate.enabled = before
+
+    # --- parts -----------------------------------------------------------------------------------------------------
+
+    def get_base_model(self):
+        """The HuggingFace model, with its linears wrapped. `detach` gives it back untouched."""
+        if self.base_model is None:
+            raise RuntimeError("this adapter was detached from its base")
+        return self.base_model.model
+
+    def set_trainable(self, part: str = "all"):
+        """Choose what trains: "all" of the adapter, "router" (over frozen experts) or "experts" (under a frozen router)."""
+        parts = {"all": (True, True), "router": (True, False), "experts": (False, True), "none": (False, False)}
+        if part not in parts:
+            raise ValueError(f"set_trainable({part!r}): unknown part; allowed: {', '.join(map(repr, parts))}")
+        router, experts = parts[part]
+        self.router.requires_grad_(router)
+        for bank in self.banks.values():
+            bank.requires_grad_(experts)
+
+    def detach(self):
+        """Take the adapter off: the base as it was before, same modules, same flags. This object is of no use afterwards."""
+        base = self.get_base_model()
+        _, blocks = find_blocks(base)
+        unroute_blocks(blocks)
+        for path in self.banks:
+            base.set_submodule(path, base.get_submodule(path).base_layer)
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(name in self._trained_before)
+        self.base_model = None
+        return base
+
+    def adapter_tensors(self, grad: bool = False, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
+        """The adapter in exchange format: name -> tensor, detached. grad: the gradients instead. state_dict: taken from there."""
+        if state_dict is None:
+            state_dict = {n: p.grad if grad else p.detach() for n, p in self.named_parameters() if n in self._adapter_names()}
+        tensors = {"router.weight": state_dict["router.weight"]}
+        if self.router.hidden is not None:
+            tensors["router.hidden.weight"] = state_dict["router.hidden.weight"]
+        for path, bank in self.banks.items():
+            a, b = (state_dict[f"{_bank_name(path)}.{which}"] for which in "ab")
+            tensors |= {f"{path}.{name}": tensor for name, tensor in bank.tensors(a, b).items()}
+        return tensors
+
+    @torch.no_grad()
+    def load_adapter_tensors(self, tensors: dict[str, torch.Tensor]):
+        """Write tensors in exchange format into the parameters, in place. ValueError unless names and shapes are exact."""
+        expected = self.adapter_tensors()
+        if wrong := set(expected) ^ set(tensors):
+            raise ValueError(f"{len(wrong)} tensor(s) are missing or unknown, first {min(wrong)}")
+        for name, parameter in expected.items():
+            if parameter.shape != tensors[name].shape:
+                raise ValueError(f"{name} has shape {list(tensors[name].shape)}, expected {list(parameter.shape)}")
+        for name, parameter in expected.items():  # views of the parameters
+            parameter.copy_(tensors[name])
+
+    def _adapter_names(self):
+        names = {f"router.{name}" for name, _ in self.router.named_parameters()}
+        return names | {f"{_bank_name(path)}.{which}" for path in self.banks for which in "ab"}
+
+    # --- saving and loading ------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, dtype=torch.float32, **kwargs):
+        """Write the adapter (config and weights, megabytes) into a folder, as a whole or not at all.
+
+        dtype: of the saved weights; fp32 unless asked otherwise. state_dict: gathered by a sharded trainer, used instead of the
+        parameters. is_main_process=False writes nothing.
+        """
+        if kwargs.pop("safe_serialization", True) is False:
+            raise ValueError("safe_serialization=False would write a pickle file; adafuse writes safetensors only")
+        if not is_main_process:
+            return
+        tensors = self.adapter_tensors(state_dict=state_dict or None)
+        tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
+        name = self.peft_config[ADAPTER_NAME].base_model_name_or_path
+        checkpoint.write(save_directory, checkpoint.describe(self.adafuse_config, name, self.fingerprint()), tensors)
+
+    @classmethod
+    def from_pretrained(cls, model, model_id, adapter_name=ADAPTER_NAME, is_trainable=False, **hub):
+        """Attach the adapter in folder (or hub repository) `model_id` to the base `model`.
+
+        For inference (frozen, in eval mode) unless is_trainable. hub: revision, token, cache_dir, ... of huggingface_hub.
+        Raises ValueError, leaving the base as it was, if anything is wrong with the files or they belong to another base.
+        """
+        folder = _local_folder(model_id, hub)
+        description = checkpoint.read_description(folder)
+        config = checkpoint.config_of(description)
+        _check_unadapted(model)
+        check_causal_lm(model)
+        _check_fingerprint(folder, description, _fingerprint(model, find_targets(model, config)))
+        tensors = checkpoint.read_tensors(folder, _expected_shapes(model, config))
+        adapted = cls(model, config)
+        adapted.load_adapter_tensors(tensors)
+        if not is_trainable:
+            adapted.set_trainable("none")
+            adapted.eval()
+        return adapted
+
+    def load_adapter(self, model_id, adapter_name=ADAPTER_NAME, is_trainable=False, **hub):
+        """Replace the weights of this adapter by those of a checkpoint with the same settings (Trainer resumes with it)."""
+        _check_name(adapter_name)
+        folder = _local_folder(model_id, hub)
+        description = checkpoint.read_description(folder)
+        _check_fingerprint(folder, description, self.fingerprint())
+        mine, theirs = self.adafuse_config.to_dict(), checkpoint.config_of(description).to_dict()
+        if differing := [f"{key}={theirs[key]!r} (here {mine[key]!r})" for key in mine if mine[key] != theirs[key]]:
+            raise ValueError(f"{folder} has other settings than this model: {', '.join(differing)}; use AdaFuseModel.from_pretrained")
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.adapter_tensors().items()}
+        self.load_adapter_tensors(checkpoint.read_tensors(folder, shapes))
+        if not is_trainable:
+            self.eval()
+        return nn.modules.module._IncompatibleKeys([], [])
+
+    def fingerprint(self) -> dict:
+        """What a base must share with the one this adapter was made on; nothing that quantising or renaming would change."""
+        base = self.get_base_model()
+        return _fingerprint(base, (base.get_submodule(path) for path in self.banks))
+
+    def create_or_update_model_card(self, output_dir):
+        """A README.md that says what the folder is; one that is there already is left alone."""
+        path = Path(output_dir) / "README.md"
+        if path.exists():
+            return
+        base = self.peft_config[ADAPTER_NAME].base_model_name_or_path
+        head = ["library_name: adafuse", "pipeline_tag: text-generation", "tags: [lora, mixture-of-experts]"]
+        head += [f"base_model: {base}"] if base else []
+        body = f"A dynamic adapter for `{base or 'its base model'}`, made with adafuse.\n\n```json\n{self.adafuse_config.to_json()}\n```"
+        path.write_text("---\n" + "\n".join(head) + f"\n---\n\n{body}\n", encoding="utf-8")
+
+    def set_adapter(self, adapter_name, inference_mode=False):
+        """There is one adapter, always active: any other name is refused."""
+        _check_name(adapter_name)
+
+
+class _Backbone(nn.Module):
+    """The `base_model` a PeftModel is expected to have: the HuggingFace model sits at `.model`, attributes fall through to it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+def _refusal(name, why):
+    def refuse(self, *args, **kwargs):
+        raise ValueError(f"{name}: {why}")
+
+    refuse.__name__, refuse.__doc__ = name, f"Refused: {why}."
+    return refuse
+
+
+_ONE_ADAPTER = "a model has one dynamic adapter; its experts are the adapters (num_experts, or import_loras for trained LoRAs)"
+_NO_MERGE = "the experts change with every token, so there is no one set of merged weights; detach() gives the base back"
+for _name in ("add_adapter", "delete_adapter", "add_weighted_adapter", "set_requires_grad"):
+    setattr(AdaFuseModel, _name, _refusal(_name, _ONE_ADAPTER))
+for _name in ("merge_and_unload", "merge_adapter", "unmerge_adapter", "unload"):
+    setattr(AdaFuseModel, _name, _refusal(_name, _NO_MERGE))
+for _name in ("get_layer_status", "get_model_status", "get_prompt", "get_prompt_embedding_to_save", "supports_lora_conversion"):
+    setattr(AdaFuseModel, _name, _refusal(_name, "it describes PEFT's own tuners; print(model), model.banks and model.router show this one"))
+
+
+def _check_unadapted(base):
+    if isinstance(base, PeftModel) or getattr(base, "_hf_peft_config_loaded", False):
+        raise ValueError(f"the base is already adapted ({type(base).__name__}); attach to the bare model (detach() or unload() it first)")
+    if isinstance(base, nn.Module) and any(isinstance(module, (AdapterLinear, RoutedBlock)) for module in base.modules()):
+        raise ValueError("the base already carries a dynamic adapter; call detach() on that one first, or load a second copy of the base")
+
+
+def _check_name(adapter_name):
+    if adapter_name != ADAPTER_NAME:
+        raise ValueError(f"adapter {adapter_name!r}: {_ONE_ADAPTER}; it is called {ADAPTER_NAME!r}")
+
+
+def _check_fingerprint(folder, description, found):
+    saved = description.get("fingerprint")
+    if saved == found:
+        return
+    if not isinstance(saved, dict):
+        raise ValueError(f"{folder}: its {checkpoint.CONFIG_FILE} has no fingerprint of the base")
+    differing = next(key for key in (*found, *saved) if saved.get(key) != found.get(key))
+    if differing == "linears" and isinstance(saved.get(differing), dict):
+        path = next(p for p in (*found[differing], *saved[differing]) if saved[differing].get(p) != found[differing].get(p))
+        saved, found, differing = saved[differing], found[differing], path
+    raise ValueError(
+        f"{folder} was made on another base: {differing} is {saved.get(differing)} there and {found.get(differing)} in this model "
+        f"(it names {description.get('base_model_name_or_path') or 'no base'})"
+    )
+
+
+def _fingerprint(base, linears) -> dict:
+    text = base.config.get_text_config(decoder=True)
+    return {
+        "model_type": base.config.model_type,
+        "hidden_size": text.hidden_size,
+        "num_hidden_layers": text.num_hidden_layers,
+        "linears": {linear.path: [linear.out_features, linear.in_features] for linear in linears},
+    }
+
+
+def _expected_shapes(base, config):
+    text = base.config.get_text_config(decoder=True)
+    decisions = text.num_hidden_layers if config.routing == "layer" else 1
+    shapes = {"router.weight": (decisions * config.num_experts, config.router_hidden or text.hidden_size)}
+    if config.router_hidden:
+        shapes["router.hidden.weight"] = (config.router_hidden, text.hidden_size)
+    for target in find_targets(base, config):
+        bank = ExpertBank.shapes(target.in_features, target.out_features, config)
+        shapes |= {f"{target.path}.{name}": shape for name, shape in bank.items()}
+    return shapes
+
+
+def _bank_for(target, config):
+    return ExpertBank(
+        target.in_features,
+        target.out_features,
+        num_experts=config.num_experts,
+        r=config.r,
+        shared_rank=config.shared_rank,
+        device=_device_of(target.module),
+    )
+
+
+def _bank_name(path):
+    return f"base_model.model.{path}.bank"
+
+
+def _device_of(module):
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def _config_with_aux_loss(config, coefficient):
+    """A copy of the base's config with the two settings by which trainers know a mixture."""
+    config = copy.deepcopy(config)
+    for part in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
+        part.output_router_logits, part.router_aux_loss_coef = False, coefficient
+    return config
+
+
+def _local_folder(model_id, hub):
+    if Path(model_id).exists():
+        return Path(model_id)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(str(model_id), allow_patterns=[checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE], **hub))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ValueError(f"{model_id} is neither a folder here nor an adapter that could be fetched from the hub: {error}") from error
+
+
+def _share_of_labels(given):
+    """This micro-batch's share of the label tokens of the optimisation step; 1 where the trainer does not say how many there are."""
+    total = given.get("num_items_in_batch")
+    if total is None:
+        return 1.0
+    labels = given["shift_labels"] if given.get("shift_labels") is not None else given["labels"][..., 1:]
+    return (labels != -100).sum() / total
+
+
+def _with_aux_loss(output, aux_loss):
+    if isinstance(output, tuple):
+        raise ValueError("output_router_logits=True needs an output with names; call the model without return_dict=False")
+    output["aux_loss"] = aux_loss
+    return output
+
+
+def _with_loss_added(output, extra):
+    if isinstance(output, tuple):
+        return (output[0] + extra.to(output[0].device), *output[1:])
+    output["loss"] = output["loss"] + extra.to(output["loss"].device)
+    return output

@@ -1,0 +1,23 @@
+"""delta: what the experts add to the output of a linear, for tokens that mix different experts.
+
+The reference, in plain PyTorch: one matmul with the A of all experts, the routing as a mask in rank space, one matmul with all
+B. Differentiable; it costs the FLOPs of a LoRA of rank R whatever the routing.
+"""
+
+import torch
+from torch.nn.functional import linear
+
+
+def add_delta(y, x, a, b, *, rank_mask):
+    """y[t] + ((x[t] @ a.T) * rank_mask[t]) @ b.
+
+    y [..., O], x [..., I], rank_mask [..., R] with the same number of tokens; a [R, I], b [R, O]. rank_mask holds the weight
+    and scale of the expert each rank belongs to, 0 where the token did not choose it. Computed in the dtype of x (of autocast,
+    where it is on); the result has y's shape and dtype.
+    """
+    h = linear(x, a)
+    h = (h * rank_mask.to(h.dtype).reshape(h.shape)).flatten(0, -2)
+    if y.dtype != h.dtype:  # a quantised base may answer in a dtype of its own: its precision is kept
+        return y + (h @ b).to(y.dtype).view(y.shape)
+    # addmm adds while it writes: no second pass over the output.
+    return torch.addmm(y.reshape(-1, y.shape[-1]), h, b).view(y.shape)
