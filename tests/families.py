@@ -2,7 +2,7 @@
 
 Nothing here is discovered: the path of the blocks, the names and shapes of their linears are written down, so that the
 library's own discovery is tested against something. Weights are random everywhere (biases and norms too), from a fixed
-seed, large enough that logits differ clearly from token to token; dropout is off, so that training mode is deterministic.
+seed, large enough that logits differ clearly from token to token; dropout is off, so that training is deterministic.
 """
 
 from __future__ import annotations
@@ -139,6 +139,10 @@ def _gemma3_multimodal():
     return Gemma3ForConditionalGeneration(config)
 
 
+def _mistral():
+    return MistralForCausalLM(MistralConfig(**_GATED, sliding_window=4))
+
+
 def _opt(**changes):
     settings = {**_SHAPE, "ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN, "dropout": 0.0, **changes}
     return OPTForCausalLM(OPTConfig(**settings))
@@ -156,9 +160,7 @@ def _gpt2():
 
 _ALL = (
     Family("llama", lambda: LlamaForCausalLM(LlamaConfig(**_GATED)), "model.layers", _GATED_LINEARS),
-    Family(
-        "mistral", lambda: MistralForCausalLM(MistralConfig(**_GATED, sliding_window=4)), "model.layers", _GATED_LINEARS
-    ),
+    Family("mistral", _mistral, "model.layers", _GATED_LINEARS),
     Family("qwen2", lambda: Qwen2ForCausalLM(Qwen2Config(**_GATED)), "model.layers", _GATED_LINEARS),
     Family("qwen3", lambda: Qwen3ForCausalLM(Qwen3Config(**_GATED, head_dim=8)), "model.layers", _GATED_LINEARS),
     Family("gemma3", lambda: Gemma3ForCausalLM(_gemma3_text()), "model.layers", _GATED_LINEARS),
@@ -219,10 +221,10 @@ def family(name: str) -> Family:
 
 
 def fill(model, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Write random numbers into every adapter tensor of `model` and return them (a fresh B is zero, which tests nothing).
+    """Write random numbers into every adapter tensor of `model` and return them (a fresh B is zero: it tests nothing).
 
-    Sizes: A keeps the variance of its input, B makes an adapter's output about as large as its linear's, and the router's
-    logits have a standard deviation of about 1, so that weights are neither equal nor one-hot.
+    Sizes: A keeps the variance of its input, B makes an adapter's output about as large as its linear's, and the
+    router's logits have a standard deviation of about 1, so that weights are neither equal nor one-hot.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {

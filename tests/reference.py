@@ -1,8 +1,8 @@
 """The second implementation: one token, one expert at a time, in plain Python. Slow and obvious, on purpose.
 
-`run` computes what an adapted model must compute from three things: the untouched base model, the config, and the adapter
-tensors in the exchange format (`router.weight`, `<path>.experts_a`, ...). Adapter arithmetic is in fp64 and differentiable:
-give leaf tensors that require gradients and call `backward` on anything in the result.
+`run` computes what an adapted model must compute from three things: the untouched base model, the config, and the
+adapter tensors in the exchange format (`router.weight`, `<path>.experts_a`, ...). Adapter arithmetic is in fp64 and
+differentiable: give leaf tensors that require gradients and call `backward` on anything in the result.
 
     x = h0 / sqrt(mean(h0^2) + 1e-6)                     h0: the hidden state entering block 0
     z = weight x     or    weight silu(hidden x)         D decisions of E logits
@@ -26,7 +26,7 @@ import torch
 class Run:
     """What one forward pass gave. Nested lists are indexed [batch][position][decision].
 
-    output: the base's own output, adapted logits inside. chosen: lists of K experts, best first. weights: their K weights.
+    output: the base's own output, adapted logits inside. chosen: lists of K experts, best first. weights: theirs.
     probabilities: fp64 tensors [E], the softmax before any are dropped. kept: whether a position is a real token.
     """
 
@@ -50,7 +50,10 @@ class Run:
         return torch.stack([torch.stack([torch.stack(token) for token in row]) for row in rows])
 
     def aux_loss(self) -> torch.Tensor:
-        """Mean over decisions of E * sum_e f_e P_e / K; f_e: share of the real tokens that chose e, P_e: its mean probability."""
+        """Mean over decisions of E * sum_e f_e P_e / K.
+
+        f_e: share of the real tokens that chose expert e; P_e: its mean probability over the real tokens.
+        """
         tokens = [
             (self.chosen[b][t], self.probabilities[b][t])
             for b, row in enumerate(self.kept)
@@ -91,7 +94,7 @@ def leaves(tensors) -> dict[str, torch.Tensor]:
 
 
 def route_token(h0, config, tensors):
-    """The decisions of one token from its hidden state h0 [H]: (chosen, weights, probabilities), each a list over decisions."""
+    """The decisions of one token from its hidden state h0 [H]: chosen, weights, probabilities; each a list over decisions."""
     x = h0.double() / torch.sqrt((h0.double() ** 2).mean() + 1e-6)
     if config.router_hidden:
         inner = tensors["router.hidden.weight"].double() @ x
@@ -108,6 +111,18 @@ def route_token(h0, config, tensors):
         weights.append([weight / sum(kept) for weight in kept] if config.top_k > 1 else kept)
         probabilities.append(p)
     return chosen, weights, probabilities
+
+
+def token_delta(x, chosen, weights, path, config, tensors):
+    """What the adapter at `path` adds to its linear's output for one token: x [in] -> fp64 [out]."""
+    a, b = tensors[f"{path}.experts_a"].double(), tensors[f"{path}.experts_b"].double()
+    delta = torch.zeros(b.shape[1], dtype=torch.float64)
+    for expert, weight in zip(chosen, weights, strict=True):
+        delta = delta + weight * (config.lora_alpha / config.r) * (b[expert] @ (a[expert] @ x.double()))
+    if config.shared_rank:
+        shared_a, shared_b = tensors[f"{path}.shared_a"].double(), tensors[f"{path}.shared_b"].double()
+        delta = delta + (config.shared_alpha / config.shared_rank) * (shared_b @ (shared_a @ x.double()))
+    return delta
 
 
 def language_model_loss(logits, labels) -> torch.Tensor:
@@ -139,9 +154,6 @@ class _State:
 
     def adapter(self, path, decision):
         """A forward hook that adds the adapter's output to that of the linear at `path`."""
-        config, tensors = self.config, self.tensors
-        scale = config.lora_alpha / config.r
-        a, b = tensors[f"{path}.experts_a"], tensors[f"{path}.experts_b"]
 
         def hook(_linear, args, output):
             # Some families flatten [B, S, in] to [B * S, in] first; the order of the tokens is the same.
@@ -149,15 +161,10 @@ class _State:
             chosen = [token for row in self.chosen for token in row]
             weights = [token for row in self.weights for token in row]
             assert len(tokens) == len(chosen), f"{path}: {len(tokens)} tokens, but {len(chosen)} were routed"
-            deltas = []
-            for t, x in enumerate(tokens.double()):
-                delta = torch.zeros(b.shape[1], dtype=torch.float64)
-                for expert, weight in zip(chosen[t][decision], weights[t][decision], strict=True):
-                    delta = delta + weight * scale * (b[expert] @ (a[expert] @ x))
-                if config.shared_rank:
-                    shared_scale = config.shared_alpha / config.shared_rank
-                    delta = delta + shared_scale * (tensors[f"{path}.shared_b"] @ (tensors[f"{path}.shared_a"] @ x))
-                deltas.append(delta)
+            deltas = [
+                token_delta(x, chosen[t][decision], weights[t][decision], path, self.config, self.tensors)
+                for t, x in enumerate(tokens)
+            ]
             return (output.double() + torch.stack(deltas).view(output.shape)).to(output.dtype)
 
         return hook

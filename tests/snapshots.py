@@ -6,8 +6,8 @@ import torch
 
 
 def snapshot(model) -> dict[str, object]:
-    """Everything observable of `model`, flat: for each module its identity, class, mode, hooks and attributes by identity;
-    for each parameter and buffer its identity, storage, values and whether it trains; the config.
+    """Everything observable of `model`, flat: for each module its identity, class, mode, hooks and attributes (by
+    identity); for each parameter and buffer its identity, storage, values and whether it trains; the config.
 
     `nn.Module` keeps submodules, parameters and hooks in dicts of its own: those are listed entry by entry.
     """

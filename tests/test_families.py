@@ -1,11 +1,11 @@
-"""Adapted models of every family against the per-token, per-expert loop: logits, loss and gradients; attach and detach."""
+"""Adapted models of every family against the per-token, per-expert loop: logits, loss, gradients; attach and detach."""
 
 import itertools
 
 import pytest
 import torch
 from families import BLOCKS, NAMES, batch, family, fill
-from reference import language_model_loss, leaves, relative_error, relative_rms, run
+from reference import language_model_loss, leaves, relative_error, relative_rms, run, token_delta
 from snapshots import differences, snapshot
 
 from adafuse import AdaFuseConfig, AdaFuseModel
@@ -76,7 +76,7 @@ def test_gradients_equal_the_loop(case):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bf16_stays_near_the_loop(name):
+def test_bf16_logits_stay_near_the_loop(name):
     fam, config = family(name), settings("layer", 3, 8, 2)
     model = AdaFuseModel(fam.build(torch.bfloat16), config)
     tensors = fill(model)
@@ -85,12 +85,42 @@ def test_bf16_stays_near_the_loop(name):
     with torch.no_grad():
         got = model(**given).logits
         wanted = run(fam.build(torch.bfloat16), fam.blocks, config, tensors, **given).logits
-        exact = run(fam.build(torch.bfloat16).float(), fam.blocks, config, tensors, **given).logits
     real = given["attention_mask"].bool()
     assert got.dtype == torch.bfloat16
-    # The loop rounds to bf16 once per linear; the model may round its adapter's inner products too, but not do worse than that.
-    assert relative_rms(got[real], wanted[real]) < 0.02
-    assert relative_rms(got[real], exact[real]) < 2 * relative_rms(wanted[real], exact[real]) + 1e-3
+    # Rounding alone gives 0.01 to 0.04 here (attention amplifies it); one token sent to another expert gives over 0.15.
+    assert relative_rms(got[real], wanted[real]) < 0.06
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_each_linear_equals_the_loop_to_rounding(name):
+    """From the inputs that each linear really had, so that nothing is amplified on the way."""
+    fam, config = family(name), settings("layer", 3, 8, 2)
+    base = fam.build(torch.bfloat16)
+    model = AdaFuseModel(base, config)
+    tensors = fill(model)
+    given = {key: value for key, value in inputs().items() if key != "labels"}
+    routing = model.route(**given)
+    chosen, weights = routing.experts.flatten(0, 1).tolist(), routing.weights.flatten(0, 1).double()
+    seen = {}
+    for path in fam.paths():
+        linear = base.get_submodule(path)
+        linear.register_forward_hook(
+            lambda _, args, out, path=path: seen.update({path: (args[0].detach(), out.detach())})
+        )
+    model.eval()(**given)
+
+    plain = fam.build(torch.bfloat16)
+    errors = {}
+    for path, (x, y) in seen.items():
+        block = int(path.removeprefix(f"{fam.blocks}.").split(".")[0])
+        deltas = [
+            token_delta(token, chosen[t][block], weights[t, block], path, config, tensors)
+            for t, token in enumerate(x.reshape(-1, x.shape[-1]))
+        ]
+        errors[path] = relative_rms(y, plain.get_submodule(path)(x).double() + torch.stack(deltas).view(y.shape))
+    assert list(errors) == fam.paths()
+    # Half a unit in the last place of bf16 is 2^-9 = 0.002; five roundings (x A, weight, B, base, sum) add up to twice that.
+    assert {path: error for path, error in errors.items() if error > 0.006} == {}
 
 
 @pytest.mark.parametrize("name", NAMES)

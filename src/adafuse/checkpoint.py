@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -45,11 +46,12 @@ def write(folder, description: dict, tensors: dict[str, torch.Tensor]):
     if bad := sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()):
         raise ValueError(f"refusing to save: {bad[0]} and {len(bad) - 1} more tensor(s) hold NaN or Inf; the training diverged")
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(description, indent=2, sort_keys=True)
+    text = _to_text(description)
     weights_tmp, config_tmp = (folder / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS_FILE, CONFIG_FILE))
     try:
         save_file({k: t.contiguous() for k, t in tensors.items()}, weights_tmp, metadata={"format": "pt", "adapter_config": text})
         config_tmp.write_text(text + "\n", encoding="utf-8")
+        weights_tmp.chmod(config_tmp.stat().st_mode)  # safetensors creates its file for the owner alone
         for path in (weights_tmp, config_tmp):
             _flush(path)
         os.replace(weights_tmp, folder / WEIGHTS_FILE)
@@ -58,6 +60,12 @@ def write(folder, description: dict, tensors: dict[str, torch.Tensor]):
     finally:
         for path in (weights_tmp, config_tmp):
             path.unlink(missing_ok=True)
+
+
+def _to_text(description):
+    """Indented JSON with each shape on one line: a large model has hundreds of linears."""
+    text = json.dumps(description, indent=2, sort_keys=True)
+    return re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text)
 
 
 def _flush(path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
+
+from adafuse.data import read_jsonl
 
 NO_DOMAIN = "(no domain)"
 
@@ -61,17 +63,7 @@ def read_choices(path) -> list[ChoiceItem]:
     Raises ValueError, with the line's number, for broken JSON, a missing key, a value of another type, fewer than two
     choices, an empty choice, or an answer outside them; and for a file without items.
     """
-    items = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    items.append(_parse_item(line.decode("utf-8-sig")))
-                except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-                    raise ValueError(f"{path}, line {number}: {error}") from None
-    if not items:
-        raise ValueError(f'{path} holds no items; write one JSON object a line: {{"prompt": ..., "choices": [...], "answer": 0}}')
-    return items
+    return [_parse_item(f"{path}, line {number}", record) for number, record in read_jsonl(path)]
 
 
 @torch.no_grad()
@@ -112,27 +104,37 @@ def evaluate(
 def loglikelihoods(model, pairs, batch_size: int = 16, *, progress=None) -> list[float]:
     """log p(answer | prompt) in nats, summed over the answer's tokens, for each pair (prompt ids, answer ids), in order.
 
-    Both parts need at least one token. Softmax in fp32. Sequences are padded on the right and masked by their length, so a pad
+    Both parts need at least one token (ValueError). Softmax in fp32. Sequences are padded on the right and masked by their length, so a pad
     token that is also an end-of-text token costs nothing; the longest go first.
     """
     if not all(prompt and answer for prompt, answer in pairs):
         raise ValueError("a prompt or an answer has no tokens; each needs at least one (see prompt_ids for empty prompts)")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} is too small; allowed: 1 or more")
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     sums = [0.0] * len(pairs)
-    training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
             for i, value in zip(chunk, _score_batch(model, [pairs[i] for i in chunk]), strict=True):
                 sums[i] = value
             if progress is not None:
                 progress(start + len(chunk), len(order))
-    finally:
-        model.train(training)
     if any(math.isnan(value) for value in sums):
         raise ValueError("the model's log-likelihoods are NaN; check its weights and dtype (fp16 overflows where bf16 does not)")
     return sums
+
+
+@contextmanager
+def in_eval_mode(model):
+    """Dropout off inside; each module's own mode comes back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def position_limit(model) -> int | None:
@@ -152,33 +154,29 @@ def prompt_ids(tokenizer, prompt: str, chat: bool = False) -> list[int]:
         turns = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False).input_ids
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    # Asked of the tokenizer, as its settings differ in where they say so. A bare "" could not tell BOS from EOS where they are one.
-    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
-    ids = [bos] * adds_bos + tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = tokenizer(prompt).input_ids
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+        ids = ids[:-1]
     if ids:
         return ids
-    first = bos if bos is not None else eos
-    if first is None:
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if start is None:
         raise ValueError("a prompt is empty and the tokenizer has neither BOS nor EOS to start from; give every item a prompt")
-    return [first]
+    return [start]
 
 
-def _parse_item(line) -> ChoiceItem:
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, got {type(record).__name__}")
+def _parse_item(where, record) -> ChoiceItem:
     if missing := [key for key in ("prompt", "choices", "answer") if key not in record]:
-        raise ValueError(f"missing {', '.join(missing)}; needed: prompt, choices, answer (and domain, if any)")
+        raise ValueError(f'{where}: missing {", ".join(missing)}; needed: "prompt", "choices", "answer" (and "domain", if any)')
     prompt, choices, answer, domain = record["prompt"], record["choices"], record["answer"], record.get("domain", "")
     if not isinstance(prompt, str) or not isinstance(domain, str):
-        raise ValueError("prompt and domain must be strings")
+        raise ValueError(f"{where}: prompt and domain must be strings")
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
-        raise ValueError("choices must be a list of non-empty strings")
+        raise ValueError(f"{where}: choices must be a list of non-empty strings")
     if len(choices) < 2:
-        raise ValueError(f"{len(choices)} choice(s); needed: 2 or more")
+        raise ValueError(f"{where}: {len(choices)} choice(s); needed: 2 or more")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise ValueError(f"answer {answer!r} is not the index of a choice; allowed: 0 to {len(choices) - 1}")
+        raise ValueError(f"{where}: answer {answer!r} is not the index of a choice; allowed: 0 to {len(choices) - 1}")
     return ChoiceItem(prompt, tuple(choices), answer, domain)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from adafuse.evaluation import position_limit
+from adafuse.evaluation import in_eval_mode, position_limit
 
 COLLAPSED = 0.1  # an expert that gets less than this share of an even load counts as collapsed
 # Colours of experts in OKLCH: hues a golden angle apart never come close to repeating, and four levels of lightness set apart what
@@ -17,6 +17,10 @@ COLLAPSED = 0.1  # an expert that gets less than this share of an even load coun
 GOLDEN_ANGLE = 137.508
 FIRST_HUE = 20.0
 LEVELS = (0, 2, 1, 3)
+MARKS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
+CONTINUED = "◦"  # a token that is only a later part of a character
+ENOUGH_CHOICES = 10  # with fewer choices an expert, on average, a text cannot tell which experts are idle
+ROW_NAMES = ("load_entropy", "weight_entropy", "same_set", "same_set_chance", "overlap", "overlap_chance")
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,13 +28,15 @@ class Report:
     """The routing of one text of S tokens.
 
     pieces: S strings that joined give the text (a token with no text of its own, such as BOS or the later bytes of a character,
-    has ""). token_ids, token_names: S each; a name is the vocabulary's own spelling. experts [S, D, K] int64 and weights
+    has ""). token_ids, token_names: S each; a name is the vocabulary's own spelling. special: S bools, true for tokens that the
+    tokenizer added to the text. experts [S, D, K] int64 and weights
     [S, D, K] float32 on the CPU, best first; D is 1 or the number of blocks. statistics: see `summarise`.
     """
 
     pieces: tuple[str, ...]
     token_ids: tuple[int, ...]
     token_names: tuple[str, ...]
+    special: tuple[bool, ...]
     experts: torch.Tensor
     weights: torch.Tensor
     num_experts: int
@@ -48,21 +54,26 @@ def inspect_text(model, tokenizer, text: str) -> Report:
 
     Raises ValueError for a text without tokens, and for one of more tokens than the model has positions.
     """
-    encoding = tokenizer(text, return_offsets_mapping=tokenizer.is_fast)
+    encoding = tokenizer(text, return_special_tokens_mask=True, return_offsets_mapping=tokenizer.is_fast)
     ids = encoding.input_ids
     if not text or not ids:
         raise ValueError("the text is empty: there is no token to route")
     limit = position_limit(model)
     if limit is not None and len(ids) > limit:
         raise ValueError(f"the text has {len(ids)} tokens, and the model allows {limit}; inspect a shorter part of it")
-    with torch.no_grad():
+    special = tuple(map(bool, encoding.special_tokens_mask))
+    with torch.no_grad(), in_eval_mode(model):
         routing = model.route(torch.tensor([ids], device=model.device))
     config = model.adafuse_config
-    pieces = _cut(text, encoding.offset_mapping) if tokenizer.is_fast else [tokenizer.decode([i]) for i in ids]
+    if tokenizer.is_fast:
+        pieces = _cut(text, encoding.offset_mapping)
+    else:  # no offsets to cut at: each token as it decodes alone
+        pieces = ["" if added else tokenizer.decode([i]) for i, added in zip(ids, special, strict=True)]
     return Report(
         pieces=tuple(pieces),
         token_ids=tuple(ids),
         token_names=tuple(tokenizer.convert_ids_to_tokens(ids)),
+        special=special,
         experts=routing.experts[0].cpu(),
         weights=routing.weights[0].float().cpu(),
         num_experts=config.num_experts,
@@ -114,10 +125,10 @@ def write_page(report: Report, path) -> Path:
     environment = Environment(
         loader=PackageLoader("adafuse", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    # newline="": a carriage return in the text stays one (the page writes it as a character reference).
+    environment.filters |= {"literal": _literal, "percent": _percent}
+    page = environment.get_template("page.html.jinja").render(_view(report))
     path = Path(path)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(environment.get_template("page.html.jinja").render(_view(report)))
+    path.write_text(page, encoding="utf-8")
     return path
 
 
@@ -158,3 +169,58 @@ def _neighbours(before, after, tokens, num_experts) -> tuple[float, float, float
     members = _counts(tokens[:, None], num_experts)[0]
     same_chance, common = (((c * (c - 1)).sum() / (n * (n - 1))).item() for c in (sets, members))
     return same, overlap, same_chance, common / k
+
+
+def _view(report) -> dict:
+    """What the template shows: plain numbers and strings."""
+    stats, decisions = report.statistics, report.experts.shape[1]
+    load = stats["load"]
+    chosen = report.experts.shape[0] * report.experts.shape[2] / report.num_experts  # choices an expert would get, were they even
+    return {
+        "report": report,
+        "top_k": report.experts.shape[2],
+        "decisions": decisions,
+        "names": [f"block {d}" for d in range(decisions)] if report.routing == "layer" else ["all blocks"],
+        "tokens": [_token(report, i) for i in range(len(report.pieces))],
+        "colours": [expert_colour(e) for e in range(report.num_experts)],
+        "load": load.tolist(),
+        "highest_load": load.max().item(),
+        "most_bits": math.log2(report.num_experts),
+        "rows": {name: stats[name].tolist() for name in ROW_NAMES},
+        "means": {name: stats[name].double().mean().item() for name in ROW_NAMES},
+        "mean_weight": stats["weights"][:, 0].mean().item(),
+        "collapsed": stats["collapsed"],
+        "collapse_known": chosen >= ENOUGH_CHOICES,
+        "data": {
+            "experts": report.experts.movedim(1, 0).tolist(),
+            "weights": (report.weights.movedim(1, 0).double() * 1000).round().int().tolist(),
+            "load": [[round(value, 5) for value in row] for row in load.tolist()],
+        },
+    }
+
+
+def _token(report, i) -> dict:
+    """One token of the page: its text, its first expert, and a mark for what cannot be seen otherwise."""
+    piece = report.pieces[i]
+    if piece:
+        mark = next((sign for character, sign in MARKS.items() if character in piece), "")
+    else:
+        mark = report.token_names[i] if report.special[i] else CONTINUED
+    choices = zip(report.experts[i, 0].tolist(), report.weights[i, 0].tolist(), strict=True)
+    return {
+        "piece": piece,
+        "mark": mark,
+        "expert": report.experts[i, 0, 0].item(),
+        "choices": ", ".join(f"expert {expert}: {weight:.3f}" for expert, weight in choices),
+    }
+
+
+def _literal(text):
+    """Escape what HTML would change: a carriage return would become a line feed, and a null character would vanish."""
+    from markupsafe import Markup, escape
+
+    return Markup(str(escape(text)).replace("\r", "&#13;").replace("\0", "\N{SYMBOL FOR NULL}"))
+
+
+def _percent(share, digits=1):
+    return "–" if math.isnan(share) else f"{100 * share:.{digits}f} %"

@@ -1,0 +1,71 @@
+"""Load what commands work on: a base model with its tokenizer, and an adapter on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from adafuse import checkpoint
+from adafuse.model import AdaFuseModel
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZED = ("4bit", "8bit")
+
+
+def load_base(path, *, dtype: str = "auto", device: str = "auto", quantize: str | None = None):
+    """(model, tokenizer) of a HuggingFace causal LM in a folder or hub repository.
+
+    dtype: "auto" (that of the files), "float32", "bfloat16", "float16". device: "auto" (a GPU if there is one), "cpu", "cuda", ...
+    quantize: None, "4bit" (NF4) or "8bit", by bitsandbytes. ValueError for what is no causal LM.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown; allowed: {', '.join(DTYPES)}")
+    try:
+        AutoConfig.from_pretrained(path)
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[dtype], device_map={"": device}, quantization_config=_quantization(quantize)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be loaded as a HuggingFace causal LM: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: padding is told by its position, never by its id
+    return model, tokenizer
+
+
+def load_adapted(adapter, base=None, **options):
+    """(AdaFuseModel, tokenizer) of an adapter folder; its base is `base`, or the one its config names."""
+    if base is None:
+        base = checkpoint.read_description(_folder(adapter))["base_model_name_or_path"]
+        if not base:
+            raise ValueError(f"{adapter} does not name its base model; pass --base")
+    model, tokenizer = load_base(base, **options)
+    return AdaFuseModel.from_pretrained(model, adapter), tokenizer
+
+
+def _folder(adapter):
+    if not Path(adapter).is_dir():
+        raise ValueError(f"{adapter} is not a folder; for an adapter on the hub pass --base too")
+    return adapter
+
+
+def _quantization(quantize):
+    if quantize is None:
+        return None
+    if quantize not in QUANTIZED:
+        raise ValueError(f"quantize={quantize!r} is unknown; allowed: {', '.join(QUANTIZED)}")
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+
+
+def _first_line(error):
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
