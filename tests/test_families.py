@@ -118,8 +118,8 @@ def test_bf16_each_linear_equals_the_loop_to_rounding(name):
             for t, token in enumerate(x.reshape(-1, x.shape[-1]))
         ]
         errors[path] = relative_rms(y, plain.get_submodule(path)(x).double() + torch.stack(deltas).view(y.shape))
-    assert list(errors) == fam.paths()
-    # Half a unit in the last place of bf16 is 2^-9 = 0.002; five roundings (x A, weight, B, base, sum) add up to twice that.
+    assert sorted(errors) == sorted(fam.paths())
+    # Rounding to bf16 errs by up to 2^-9 = 0.002; the five roundings (A x, weight, B, base, sum) add up to twice that.
     assert {path: error for path, error in errors.items() if error > 0.006} == {}
 
 
@@ -141,7 +141,7 @@ def test_a_fresh_adapter_changes_nothing(name, options):
 def test_every_linear_of_the_blocks_is_adapted_and_nothing_else(name, options):
     fam, config = family(name), settings(*options)
     model = AdaFuseModel(fam.build(), config)
-    assert list(model.banks) == fam.paths()
+    assert sorted(model.banks) == sorted(fam.paths())
     tensors = model.adapter_tensors()
     assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == fam.tensors(config)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}

@@ -44,12 +44,18 @@ def write(folder, description: dict, tensors: dict[str, torch.Tensor]):
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"cannot save into {folder}: it is a file; name a folder")
     if bad := sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()):
-        raise ValueError(f"refusing to save: {bad[0]} and {len(bad) - 1} more tensor(s) hold NaN or Inf; the training diverged")
+        raise ValueError(
+            f"refusing to save: {bad[0]} and {len(bad) - 1} more tensor(s) hold NaN or Inf; the training diverged"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     text = _to_text(description)
     weights_tmp, config_tmp = (folder / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS_FILE, CONFIG_FILE))
     try:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, weights_tmp, metadata={"format": "pt", "adapter_config": text})
+        save_file(
+            {k: t.contiguous() for k, t in tensors.items()},
+            weights_tmp,
+            metadata={"format": "pt", "adapter_config": text},
+        )
         config_tmp.write_text(text + "\n", encoding="utf-8")
         weights_tmp.chmod(config_tmp.stat().st_mode)  # safetensors creates its file for the owner alone
         for path in (weights_tmp, config_tmp):
@@ -92,11 +98,15 @@ def read_description(folder) -> dict:
     description = header if header is not None else on_disk
     version = description.get("format_version")
     if version is None and "peft_type" in description:
-        raise ValueError(f"{folder} is a PEFT {description['peft_type']} adapter; import it with adafuse.integrations.peft.import_loras")
+        raise ValueError(
+            f"{folder} is a PEFT {description['peft_type']} adapter; import it with adafuse.integrations.peft.import_loras"
+        )
     if not isinstance(version, int) or version < 1:
         raise ValueError(f"{folder}: format_version is {version!r}; this is not an adapter that adafuse wrote")
     if version > FORMAT_VERSION:
-        raise ValueError(f"{folder} has format_version {version}, this adafuse reads up to {FORMAT_VERSION}; upgrade adafuse")
+        raise ValueError(
+            f"{folder} has format_version {version}, this adafuse reads up to {FORMAT_VERSION}; upgrade adafuse"
+        )
     return description
 
 
@@ -137,12 +147,16 @@ def _open(path):
         raise ValueError(f"{path.parent} is not a folder; an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     if not path.is_file():
         if pickles := [name for name in PICKLES if (path.parent / name).is_file()]:
-            raise ValueError(f"{path.parent} holds {pickles[0]}, a pickle file, which can run code when read; adafuse reads {path.name} only")
+            raise ValueError(
+                f"{path.parent} holds {pickles[0]}, a pickle file, which can run code when read; adafuse reads {path.name} only"
+            )
         raise ValueError(f"{path} is missing")
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file (truncated, or another format): {error}") from error
+        raise ValueError(
+            f"{path} is not a readable safetensors file (truncated, or another format): {error}"
+        ) from error
 
 
 def _parse(text, where):

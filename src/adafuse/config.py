@@ -43,7 +43,9 @@ class AdaFuseConfig:
         for name, least in (("r", 1), ("num_experts", 1), ("top_k", 1), ("shared_rank", 0), ("router_hidden", 0)):
             _check_int(name, getattr(self, name), least)
         if self.top_k > self.num_experts:
-            raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}; allowed: 1 to num_experts")
+            raise ValueError(
+                f"top_k={self.top_k} is more than num_experts={self.num_experts}; allowed: 1 to num_experts"
+            )
         if self.routing not in ROUTINGS:
             raise ValueError(f"routing={self.routing!r} is unknown; allowed: {', '.join(map(repr, ROUTINGS))}")
         # None is resolved here, so that no reader of a config ever meets it.
@@ -112,7 +114,9 @@ def _targets(value):
     if value == ALL_LINEAR:
         return ALL_LINEAR
     if isinstance(value, str):
-        raise ValueError(f"target_modules={value!r} is neither 'all-linear' nor a list of names; did you mean [{value!r}]?")
+        raise ValueError(
+            f"target_modules={value!r} is neither 'all-linear' nor a list of names; did you mean [{value!r}]?"
+        )
     try:
         names = tuple(value)
     except TypeError:

@@ -77,7 +77,9 @@ def _example(where, number, record):
 
 
 def _messages(where, messages):
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages
+    ):
         raise ValueError(f'{where}: "messages" must be a list of objects with "role" and "content"')
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
@@ -123,7 +125,9 @@ def _encode_one(example, tokenizer, chat):
 def _encode_chat(example, messages, tokenizer):
     """Ids of the whole conversation; each assistant turn is found as what it adds to the conversation before it."""
     if tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template, which messages (and --chat) need; use prompt and answer instead")
+        raise ValueError(
+            "the tokenizer has no chat template, which messages (and --chat) need; use prompt and answer instead"
+        )
     whole = _template(tokenizer, messages)
     labels = [IGNORED] * len(whole)
     for index, message in enumerate(messages):

@@ -44,7 +44,11 @@ def find_blocks(base) -> tuple[str, nn.ModuleList]:
     decoder = base.get_decoder()
     count = base.config.get_text_config(decoder=True).num_hidden_layers
     prefix = next(path for path, module in base.named_modules() if module is decoder)
-    lists = [(path, module) for path, module in decoder.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    lists = [
+        (path, module)
+        for path, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
     outermost = [entry for entry in lists if not any(entry[0].startswith(path + ".") for path, _ in lists)]
     if len(outermost) != 1:
         raise ValueError(
@@ -94,10 +98,14 @@ def _check_names(base, names, linears, blocks_path):
     head_path = next((path for path, module in base.named_modules() if module is head), "")
     for name in names:
         if _ends_with(head_path, name):
-            raise ValueError(f"target_modules: {name!r} is the language-model head ({head_path}), which is never adapted; remove it")
+            raise ValueError(
+                f"target_modules: {name!r} is the language-model head ({head_path}), which is never adapted; remove it"
+            )
         if not any(_ends_with(target.path, name) for target in linears):
             known = sorted({target.path.rsplit(".", 1)[-1] for target in linears})
-            raise ValueError(f"target_modules: {name!r} matches no linear of the blocks ({blocks_path}); there: {', '.join(known)}")
+            raise ValueError(
+                f"target_modules: {name!r} matches no linear of the blocks ({blocks_path}); there: {', '.join(known)}"
+            )
 
 
 def _refuse_shared_modules(linears):
@@ -112,7 +120,8 @@ def _warn_of_stacked_experts(blocks):
     stacked = [
         name
         for name, module in blocks.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd) and any(p.dim() == 3 for p in module.parameters(recurse=False))
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        and any(p.dim() == 3 for p in module.parameters(recurse=False))
     ]
     if stacked:
         warnings.warn(

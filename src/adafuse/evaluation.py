@@ -89,7 +89,11 @@ def evaluate(
     encoded = [_encode(tokenizer, item, chat) for item in items]
     kept = [i for i, pairs in enumerate(encoded) if limit is None or all(len(p) + len(c) <= limit for p, c in pairs)]
     if not kept:
-        why = f"each of the {len(items)} item(s) is longer than the model's {limit} tokens" if items else "no items were given"
+        why = (
+            f"each of the {len(items)} item(s) is longer than the model's {limit} tokens"
+            if items
+            else "no items were given"
+        )
         raise ValueError(f"nothing to evaluate: {why}")
     scores = iter(loglikelihoods(model, [pair for i in kept for pair in encoded[i]], batch_size, progress=progress))
     outcomes: dict[str, list] = {}
@@ -108,7 +112,9 @@ def loglikelihoods(model, pairs, batch_size: int = 16, *, progress=None) -> list
     token that is also an end-of-text token costs nothing; the longest go first.
     """
     if not all(prompt and answer for prompt, answer in pairs):
-        raise ValueError("a prompt or an answer has no tokens; each needs at least one (see prompt_ids for empty prompts)")
+        raise ValueError(
+            "a prompt or an answer has no tokens; each needs at least one (see prompt_ids for empty prompts)"
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is too small; allowed: 1 or more")
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
@@ -121,7 +127,9 @@ def loglikelihoods(model, pairs, batch_size: int = 16, *, progress=None) -> list
             if progress is not None:
                 progress(start + len(chunk), len(order))
     if any(math.isnan(value) for value in sums):
-        raise ValueError("the model's log-likelihoods are NaN; check its weights and dtype (fp16 overflows where bf16 does not)")
+        raise ValueError(
+            "the model's log-likelihoods are NaN; check its weights and dtype (fp16 overflows where bf16 does not)"
+        )
     return sums
 
 
@@ -150,7 +158,9 @@ def prompt_ids(tokenizer, prompt: str, chat: bool = False) -> list[int]:
     """
     if chat:
         if not tokenizer.chat_template:
-            raise ValueError("chat=True, but the tokenizer has no chat template; evaluate with chat=False or set tokenizer.chat_template")
+            raise ValueError(
+                "chat=True, but the tokenizer has no chat template; evaluate with chat=False or set tokenizer.chat_template"
+            )
         turns = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -161,13 +171,17 @@ def prompt_ids(tokenizer, prompt: str, chat: bool = False) -> list[int]:
         return ids
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
-        raise ValueError("a prompt is empty and the tokenizer has neither BOS nor EOS to start from; give every item a prompt")
+        raise ValueError(
+            "a prompt is empty and the tokenizer has neither BOS nor EOS to start from; give every item a prompt"
+        )
     return [start]
 
 
 def _parse_item(where, record) -> ChoiceItem:
     if missing := [key for key in ("prompt", "choices", "answer") if key not in record]:
-        raise ValueError(f'{where}: missing {", ".join(missing)}; needed: "prompt", "choices", "answer" (and "domain", if any)')
+        raise ValueError(
+            f'{where}: missing {", ".join(missing)}; needed: "prompt", "choices", "answer" (and "domain", if any)'
+        )
     prompt, choices, answer, domain = record["prompt"], record["choices"], record["answer"], record.get("domain", "")
     if not isinstance(prompt, str) or not isinstance(domain, str):
         raise ValueError(f"{where}: prompt and domain must be strings")

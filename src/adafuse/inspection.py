@@ -1,26 +1,15 @@
-"""What the router does with a text: its decisions token by token, their statistics, and a page that shows both."""
+"""What the router does with a text: its decisions token by token, and their statistics. `adafuse.page` shows both."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from adafuse.evaluation import in_eval_mode, position_limit
 
 COLLAPSED = 0.1  # an expert that gets less than this share of an even load counts as collapsed
-# Colours of experts in OKLCH: hues a golden angle apart never come close to repeating, and four levels of lightness set apart what
-# colour-blind eyes see as one hue. Start and order of the levels were searched for: of the first 8 experts no two come closer than
-# 0.04 in OKLab (twice a just noticeable difference), for normal, protan, deutan or tritan sight, light page or dark.
-GOLDEN_ANGLE = 137.508
-FIRST_HUE = 20.0
-LEVELS = (0, 2, 1, 3)
-MARKS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
-CONTINUED = "◦"  # a token that is only a later part of a character
-ENOUGH_CHOICES = 10  # with fewer choices an expert, on average, a text cannot tell which experts are idle
-ROW_NAMES = ("load_entropy", "weight_entropy", "same_set", "same_set_chance", "overlap", "overlap_chance")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,25 +107,6 @@ def summarise(routing, num_experts: int, mask: torch.Tensor | None = None) -> di
     }
 
 
-def write_page(report: Report, path) -> Path:
-    """Write the report as one HTML page that needs no other file and no network; returns its path."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("adafuse", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"literal": _literal, "percent": _percent}
-    page = environment.get_template("page.html.jinja").render(_view(report))
-    path = Path(path)
-    path.write_text(page, encoding="utf-8")
-    return path
-
-
-def expert_colour(expert: int) -> tuple[float, float]:
-    """(hue in degrees, lightness level from 0 to 1) of an expert's colour; the page turns them into OKLCH."""
-    return (FIRST_HUE + GOLDEN_ANGLE * expert) % 360, LEVELS[expert % len(LEVELS)] / max(LEVELS)
-
-
 def _cut(text, offsets) -> list[str]:
     """Cut the text at the end of each token: text that no token covers (stripped spaces) goes to the next one, or the last."""
     pieces, done = [], 0
@@ -150,7 +120,9 @@ def _cut(text, offsets) -> list[str]:
 def _counts(tokens, num_experts):
     """tokens [N, D, K] -> [D, E] float64: how many tokens chose each expert."""
     flat = tokens.movedim(1, 0).flatten(1)
-    return torch.zeros(flat.shape[0], num_experts, dtype=torch.float64).scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float64))
+    return torch.zeros(flat.shape[0], num_experts, dtype=torch.float64).scatter_add_(
+        1, flat, torch.ones_like(flat, dtype=torch.float64)
+    )
 
 
 def _entropy(p):
@@ -169,58 +141,3 @@ def _neighbours(before, after, tokens, num_experts) -> tuple[float, float, float
     members = _counts(tokens[:, None], num_experts)[0]
     same_chance, common = (((c * (c - 1)).sum() / (n * (n - 1))).item() for c in (sets, members))
     return same, overlap, same_chance, common / k
-
-
-def _view(report) -> dict:
-    """What the template shows: plain numbers and strings."""
-    stats, decisions = report.statistics, report.experts.shape[1]
-    load = stats["load"]
-    chosen = report.experts.shape[0] * report.experts.shape[2] / report.num_experts  # choices an expert would get, were they even
-    return {
-        "report": report,
-        "top_k": report.experts.shape[2],
-        "decisions": decisions,
-        "names": [f"block {d}" for d in range(decisions)] if report.routing == "layer" else ["all blocks"],
-        "tokens": [_token(report, i) for i in range(len(report.pieces))],
-        "colours": [expert_colour(e) for e in range(report.num_experts)],
-        "load": load.tolist(),
-        "highest_load": load.max().item(),
-        "most_bits": math.log2(report.num_experts),
-        "rows": {name: stats[name].tolist() for name in ROW_NAMES},
-        "means": {name: stats[name].double().mean().item() for name in ROW_NAMES},
-        "mean_weight": stats["weights"][:, 0].mean().item(),
-        "collapsed": stats["collapsed"],
-        "collapse_known": chosen >= ENOUGH_CHOICES,
-        "data": {
-            "experts": report.experts.movedim(1, 0).tolist(),
-            "weights": (report.weights.movedim(1, 0).double() * 1000).round().int().tolist(),
-            "load": [[round(value, 5) for value in row] for row in load.tolist()],
-        },
-    }
-
-
-def _token(report, i) -> dict:
-    """One token of the page: its text, its first expert, and a mark for what cannot be seen otherwise."""
-    piece = report.pieces[i]
-    if piece:
-        mark = next((sign for character, sign in MARKS.items() if character in piece), "")
-    else:
-        mark = report.token_names[i] if report.special[i] else CONTINUED
-    choices = zip(report.experts[i, 0].tolist(), report.weights[i, 0].tolist(), strict=True)
-    return {
-        "piece": piece,
-        "mark": mark,
-        "expert": report.experts[i, 0, 0].item(),
-        "choices": ", ".join(f"expert {expert}: {weight:.3f}" for expert, weight in choices),
-    }
-
-
-def _literal(text):
-    """Escape what HTML would change: a carriage return would become a line feed, and a null character would vanish."""
-    from markupsafe import Markup, escape
-
-    return Markup(str(escape(text)).replace("\r", "&#13;").replace("\0", "\N{SYMBOL FOR NULL}"))
-
-
-def _percent(share, digits=1):
-    return "–" if math.isnan(share) else f"{100 * share:.{digits}f} %"

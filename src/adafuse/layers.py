@@ -63,7 +63,9 @@ class PreGate:
         if not self.enabled and recorder is None:
             return [None] * self.num_blocks
         if h0.dim() != 3:
-            raise ValueError(f"block 0 was given hidden states of shape {list(h0.shape)}; routing needs [batch, seq, hidden]")
+            raise ValueError(
+                f"block 0 was given hidden states of shape {list(h0.shape)}; routing needs [batch, seq, hidden]"
+            )
         routing = self.router(h0) if self.enabled else None
         if recorder is not None:
             recorder.h0, recorder.routing = h0, routing
@@ -80,7 +82,9 @@ class PreGate:
         weights = (routing.dense().movedim(-2, 0) * config.scale).to(dtype)
         masks = weights.repeat_interleave(config.r, dim=-1)
         if config.shared_rank:
-            masks = torch.cat([masks, masks.new_full((*masks.shape[:-1], config.shared_rank), config.shared_scale)], dim=-1)
+            masks = torch.cat(
+                [masks, masks.new_full((*masks.shape[:-1], config.shared_rank), config.shared_scale)], dim=-1
+            )
         return list(masks.unbind(0))
 
 
@@ -132,7 +136,9 @@ class AdapterLinear(nn.Module):
         if mask is None:
             return y
         if mask is OUTSIDE:
-            raise RuntimeError(f"{self.path} was called outside the forward of its block, so no routing is known for it")
+            raise RuntimeError(
+                f"{self.path} was called outside the forward of its block, so no routing is known for it"
+            )
         if mask.shape[:-1].numel() != x.shape[:-1].numel():
             raise ValueError(
                 f"{self.path} was given {x.shape[:-1].numel()} tokens while the routing is of {mask.shape[:-1].numel()}: it does not "

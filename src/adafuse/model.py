@@ -57,7 +57,9 @@ class AdaFuseModel(PeftModel):
         self._gate = PreGate(router, config, len(blocks))
         base.requires_grad_(False)
         for target in targets:
-            base.set_submodule(target.path, AdapterLinear(target.module, banks[target.path], target.path, config.lora_dropout))
+            base.set_submodule(
+                target.path, AdapterLinear(target.module, banks[target.path], target.path, config.lora_dropout)
+            )
         route_blocks(blocks, self._gate)
         self.base_model = _Backbone(base)
         self.router = router
@@ -92,7 +94,9 @@ class AdaFuseModel(PeftModel):
     @execution.setter
     def execution(self, value):
         if value not in EXECUTIONS:
-            raise ValueError(f"execution={value!r} is not available in this version; allowed: {', '.join(map(repr, EXECUTIONS))}")
+            raise ValueError(
+                f"execution={value!r} is not available in this version; allowed: {', '.join(map(repr, EXECUTIONS))}"
+            )
         self._execution = value
 
     def forward(self, *args, output_router_logits: bool | None = None, **kwargs):
@@ -138,7 +142,9 @@ class AdaFuseModel(PeftModel):
 
     def _record(self, input_ids, attention_mask):
         if not self._gate.enabled:
-            raise ValueError("the adapter is disabled, so no token is routed; leave the `disable_adapter()` block first")
+            raise ValueError(
+                "the adapter is disabled, so no token is routed; leave the `disable_adapter()` block first"
+            )
         with recording(stop=True) as record:
             self.get_base_model()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return record
@@ -185,7 +191,9 @@ class AdaFuseModel(PeftModel):
     def adapter_tensors(self, grad: bool = False, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
         """The adapter in exchange format: name -> tensor, detached. grad: the gradients instead. state_dict: taken from there."""
         if state_dict is None:
-            state_dict = {n: p.grad if grad else p.detach() for n, p in self.named_parameters() if n in self._adapter_names()}
+            state_dict = {
+                n: p.grad if grad else p.detach() for n, p in self.named_parameters() if n in self._adapter_names()
+            }
         tensors = {"router.weight": state_dict["router.weight"]}
         if self.router.hidden is not None:
             tensors["router.hidden.weight"] = state_dict["router.hidden.weight"]
@@ -256,7 +264,9 @@ class AdaFuseModel(PeftModel):
         _check_fingerprint(folder, description, self.fingerprint())
         mine, theirs = self.adafuse_config.to_dict(), checkpoint.config_of(description).to_dict()
         if differing := [f"{key}={theirs[key]!r} (here {mine[key]!r})" for key in mine if mine[key] != theirs[key]]:
-            raise ValueError(f"{folder} has other settings than this model: {', '.join(differing)}; use AdaFuseModel.from_pretrained")
+            raise ValueError(
+                f"{folder} has other settings than this model: {', '.join(differing)}; use AdaFuseModel.from_pretrained"
+            )
         shapes = {name: tuple(tensor.shape) for name, tensor in self.adapter_tensors().items()}
         self.load_adapter_tensors(checkpoint.read_tensors(folder, shapes))
         if not is_trainable:
@@ -311,21 +321,41 @@ def _refusal(name, why):
     return refuse
 
 
-_ONE_ADAPTER = "a model has one dynamic adapter; its experts are the adapters (num_experts, or import_loras for trained LoRAs)"
-_NO_MERGE = "the experts change with every token, so there is no one set of merged weights; detach() gives the base back"
+_ONE_ADAPTER = (
+    "a model has one dynamic adapter; its experts are the adapters (num_experts, or import_loras for trained LoRAs)"
+)
+_NO_MERGE = (
+    "the experts change with every token, so there is no one set of merged weights; detach() gives the base back"
+)
 for _name in ("add_adapter", "delete_adapter", "add_weighted_adapter", "set_requires_grad"):
     setattr(AdaFuseModel, _name, _refusal(_name, _ONE_ADAPTER))
 for _name in ("merge_and_unload", "merge_adapter", "unmerge_adapter", "unload"):
     setattr(AdaFuseModel, _name, _refusal(_name, _NO_MERGE))
-for _name in ("get_layer_status", "get_model_status", "get_prompt", "get_prompt_embedding_to_save", "supports_lora_conversion"):
-    setattr(AdaFuseModel, _name, _refusal(_name, "it describes PEFT's own tuners; print(model), model.banks and model.router show this one"))
+for _name in (
+    "get_layer_status",
+    "get_model_status",
+    "get_prompt",
+    "get_prompt_embedding_to_save",
+    "supports_lora_conversion",
+):
+    setattr(
+        AdaFuseModel,
+        _name,
+        _refusal(_name, "it describes PEFT's own tuners; print(model), model.banks and model.router show this one"),
+    )
 
 
 def _check_unadapted(base):
     if isinstance(base, PeftModel) or getattr(base, "_hf_peft_config_loaded", False):
-        raise ValueError(f"the base is already adapted ({type(base).__name__}); attach to the bare model (detach() or unload() it first)")
-    if isinstance(base, nn.Module) and any(isinstance(module, (AdapterLinear, RoutedBlock)) for module in base.modules()):
-        raise ValueError("the base already carries a dynamic adapter; call detach() on that one first, or load a second copy of the base")
+        raise ValueError(
+            f"the base is already adapted ({type(base).__name__}); attach to the bare model (detach() or unload() it first)"
+        )
+    if isinstance(base, nn.Module) and any(
+        isinstance(module, (AdapterLinear, RoutedBlock)) for module in base.modules()
+    ):
+        raise ValueError(
+            "the base already carries a dynamic adapter; call detach() on that one first, or load a second copy of the base"
+        )
 
 
 def _check_name(adapter_name):
@@ -341,7 +371,9 @@ def _check_fingerprint(folder, description, found):
         raise ValueError(f"{folder}: its {checkpoint.CONFIG_FILE} has no fingerprint of the base")
     differing = next(key for key in (*found, *saved) if saved.get(key) != found.get(key))
     if differing == "linears" and isinstance(saved.get(differing), dict):
-        path = next(p for p in (*found[differing], *saved[differing]) if saved[differing].get(p) != found[differing].get(p))
+        path = next(
+            p for p in (*found[differing], *saved[differing]) if saved[differing].get(p) != found[differing].get(p)
+        )
         saved, found, differing = saved[differing], found[differing], path
     raise ValueError(
         f"{folder} was made on another base: {differing} is {saved.get(differing)} there and {found.get(differing)} in this model "
@@ -402,12 +434,16 @@ def _local_folder(model_id, hub):
     if Path(model_id).exists():
         return Path(model_id)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(str(model_id), allow_patterns=[checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE], **hub))
+        return Path(
+            snapshot_download(str(model_id), allow_patterns=[checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE], **hub)
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise ValueError(f"{model_id} is neither a folder here nor an adapter that could be fetched from the hub: {error}") from error
+        raise ValueError(
+            f"{model_id} is neither a folder here nor an adapter that could be fetched from the hub: {error}"
+        ) from error
 
 
 def _share_of_labels(given):
@@ -421,7 +457,9 @@ def _share_of_labels(given):
 
 def _with_aux_loss(output, aux_loss):
     if isinstance(output, tuple):
-        raise ValueError("output_router_logits=True needs an output with names; call the model without return_dict=False")
+        raise ValueError(
+            "output_router_logits=True needs an output with names; call the model without return_dict=False"
+        )
     output["aux_loss"] = aux_loss
     return output
 

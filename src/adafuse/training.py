@@ -70,7 +70,7 @@ class TrainResult:
     notes: list[str] = field(default_factory=list)
 
 
-def train(model, tokenizer, rows, *, settings=TrainSettings(), eval_rows=None, out=None, console=None, resume=False):  # noqa: B008
+def train(model, tokenizer, rows, *, settings=TrainSettings(), eval_rows=None, out=None, console=None, resume=False):
     """Train `model` (an AdaFuseModel) on encoded rows ({"input_ids", "labels"}) with the HuggingFace Trainer.
 
     out: folder for checkpoints and, at the end, the adapter; None: nothing is written. Returns a TrainResult.
@@ -85,7 +85,9 @@ def train(model, tokenizer, rows, *, settings=TrainSettings(), eval_rows=None, o
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=None, label_pad_token_id=data.IGNORED),
     )
     for callback in ("ProgressCallback", "PrinterCallback", "NotebookProgressCallback"):
-        trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if type(c).__name__ != callback]
+        trainer.callback_handler.callbacks = [
+            c for c in trainer.callback_handler.callbacks if type(c).__name__ != callback
+        ]
     trainer.add_callback(_RichProgress(console))
     outcome = trainer.train(resume_from_checkpoint=resume or None)
     eval_loss = trainer.evaluate()["eval_loss"] if eval_rows else None
@@ -184,7 +186,20 @@ def balance_warnings(balance: dict) -> list[str]:
     ]
 
 
-def run_training(base, data_file, out, *, config, settings, eval_file=None, adapter=None, resume=False, overwrite=False, console=None, **load):
+def run_training(
+    base,
+    data_file,
+    out,
+    *,
+    config,
+    settings,
+    eval_file=None,
+    adapter=None,
+    resume=False,
+    overwrite=False,
+    console=None,
+    **load,
+):
     """What `adafuse train` does: read and check the data, load the base, attach (or load `adapter`), train, save, report.
 
     Nothing is written before the data and the base have been found sound. Returns the TrainResult.
@@ -206,7 +221,9 @@ def run_training(base, data_file, out, *, config, settings, eval_file=None, adap
     model = AdaFuseModel.from_pretrained(model, adapter, is_trainable=True) if adapter else AdaFuseModel(model, config)
     eval_rows = eval_encoded.rows if eval_encoded else None
     trained, total = model.get_nb_trainable_parameters()
-    console.print(f"{len(encoded.rows)} examples, {len(eval_rows or [])} held out; {trained:,} adapter parameters of {total:,}")
+    console.print(
+        f"{len(encoded.rows)} examples, {len(eval_rows or [])} held out; {trained:,} adapter parameters of {total:,}"
+    )
     result = train(
         model, tokenizer, encoded.rows, settings=settings, eval_rows=eval_rows, out=out, console=console, resume=resume
     )
@@ -219,7 +236,9 @@ def _check_out(out, resume, overwrite):
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
     if (out / CONFIG_FILE).exists() and not (resume or overwrite):
-        raise ValueError(f"--out {out} already holds an adapter; pass --overwrite to replace it, or --resume to go on training")
+        raise ValueError(
+            f"--out {out} already holds an adapter; pass --overwrite to replace it, or --resume to go on training"
+        )
     if resume and not any(out.glob("checkpoint-*")):
         raise ValueError(f"--resume: {out} holds no checkpoint to go on from (train with --save-every)")
 
@@ -237,7 +256,9 @@ def _hold_out(examples, fraction):
 def print_result(result: TrainResult, out, console):
     """Losses, the load of each expert, and a warning for experts that collapsed."""
     eval_loss = "no eval data" if result.eval_loss is None else f"eval loss {result.eval_loss:.4f}"
-    console.print(f"{result.steps} steps: mean training loss {result.train_loss:.4f}, {eval_loss}; adapter saved in {out}")
+    console.print(
+        f"{result.steps} steps: mean training loss {result.train_loss:.4f}, {eval_loss}; adapter saved in {out}"
+    )
     load = result.balance["load"].mean(0)
     console.print("load of the experts: " + "  ".join(f"{e}: {share:.0%}" for e, share in enumerate(load.tolist())))
     for note in result.notes:

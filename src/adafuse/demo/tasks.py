@@ -12,10 +12,7 @@ Made so that an echo of the prompt never contains the answer (`scoring` could no
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
-
-from .scoring import occurs
 
 DOMAINS = ("arithmetic", "python", "conversion")
 INSTRUCTION = " Answer with the result only."
@@ -51,9 +48,7 @@ TEMPLATES = {
 RESULT = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b}
 
 WORDS = tuple(
-    "cat dog sun map pen cup hat box car bus red blue green lamp tree bird fish milk rice rain snow wind star moon hand"
-    " door wall road boat ship king rose leaf seed farm ring song game book desk chair table house horse mouse bread"
-    " apple lemon stone water river cloud plant glass paper music train plane night light heart world".split()
+    ["cat", "dog", "sun", "map", "pen", "cup", "hat", "box", "car", "bus", "red", "blue", "green", "lamp", "tree", "bird", "fish", "milk", "rice", "rain", "snow", "wind", "star", "moon", "hand", "door", "wall", "road", "boat", "ship", "king", "rose", "leaf", "seed", "farm", "ring", "song", "game", "book", "desk", "chair", "table", "house", "horse", "mouse", "bread", "apple", "lemon", "stone", "water", "river", "cloud", "plant", "glass", "paper", "music", "train", "plane", "night", "light", "heart", "world"]
 )
 
 # (from, to, factor): one `from` is `factor` times one `to`, exactly.

@@ -1,0 +1,69 @@
+"""Benchmark results as JSON: the environment, and a row a measurement. Tables in the docs are made from these files."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import statistics
+import subprocess
+from pathlib import Path
+
+
+def row(name, case, samples, unit, vs=None):
+    """A measurement: median and 20th and 80th percentile of `samples`; vs: the row of the same run that its ratio divides by."""
+    low, high = (statistics.quantiles(samples, n=5, method="inclusive")[i] for i in (0, 3))
+    median = statistics.median(samples)
+    return {
+        "name": name,
+        "case": case,
+        "median": median,
+        "p20": low,
+        "p80": high,
+        "unit": unit,
+        "vs": vs["name"] if vs else None,
+        "ratio": median / vs["median"] if vs else None,
+    }
+
+
+def environment() -> dict:
+    """What a reader needs to judge a figure: GPU, driver, versions, commit, date."""
+    import peft
+    import torch
+    import transformers
+
+    env = {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "driver": _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        # A copy without its history is told its commit by the variable.
+        "git": os.environ.get("GIT_COMMIT") or _command("git", "rev-parse", "--short", "HEAD"),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+    try:
+        import triton
+
+        env["triton"] = triton.__version__
+    except ImportError:
+        env["triton"] = "none"
+    return env
+
+
+def write(path, rows):
+    """Write {"env", "rows"} and print the rows as a table."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"env": environment(), "rows": rows}, indent=1) + "\n")
+    for entry in rows:
+        case = " ".join(f"{key}={value}" for key, value in entry["case"].items())
+        ratio = f"{entry['ratio']:.3f} x {entry['vs']}" if entry["ratio"] else ""
+        print(f"{entry['name']:34} {entry['median']:9.3f} {entry['unit']:4} {ratio:32} {case}")
+
+
+def _command(*words):
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
