@@ -120,7 +120,7 @@ def measure(shape, batch, seq, checkpointing, steps, rounds):
     case = {"model": shape, "batch": batch, "tokens": batch * seq, "checkpointing": checkpointing}
     rows = []
     for name, values in samples.items():
-        mixture = {key: value for key, value in MIXTURES.get(name, {"r": TOTAL_RANK}).items()}
+        mixture = MIXTURES.get(name, {"r": TOTAL_RANK})
         rows.append(
             record.row(
                 name,
