@@ -94,7 +94,7 @@ def leaves(tensors) -> dict[str, torch.Tensor]:
 
 
 def route_token(h0, config, tensors):
-    """The decisions of one token, from its hidden state h0 [H]: chosen, weights, probabilities, each indexed [decision]."""
+    """Chosen, weights and probabilities of one token, each indexed [decision], from its hidden state h0 [H]."""
     x = h0.double() / torch.sqrt((h0.double() ** 2).mean() + 1e-6)
     if config.router_hidden:
         inner = tensors["router.hidden.weight"].double() @ x

@@ -82,6 +82,21 @@ def _flush(path):
         os.close(handle)
 
 
+def locate(model_id, **hub) -> Path:
+    """The local folder of an adapter: `model_id` itself, or a snapshot of that hub repository (hub: revision, token, ...)."""
+    if Path(model_id).exists():
+        return Path(model_id)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(str(model_id), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **hub))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ValueError(
+            f"{model_id} is neither a folder here nor an adapter that could be fetched from the hub: {error}"
+        ) from error
+
+
 def read_description(folder) -> dict:
     """The description an adapter folder carries: the weights' header where there is one, else the JSON. Checked for version."""
     folder = Path(folder)

@@ -111,9 +111,9 @@ def _check_names(base, names, linears, blocks_path):
 def _refuse_shared_modules(linears):
     seen = {}
     for target in linears:
-        if first := seen.setdefault(id(target.module), target.path):
-            if first != target.path:
-                raise ValueError(f"{target.path} and {first} are one shared module, which cannot be adapted per block")
+        first = seen.setdefault(id(target.module), target.path)
+        if first != target.path:
+            raise ValueError(f"{target.path} and {first} are one shared module, which cannot be adapted per block")
 
 
 def _warn_of_stacked_experts(blocks):

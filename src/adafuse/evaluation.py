@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
+from adafuse.base import load_adapted, load_base
 from adafuse.data import read_jsonl
 
 NO_DOMAIN = "(no domain)"
@@ -131,6 +136,26 @@ def loglikelihoods(model, pairs, batch_size: int = 16, *, progress=None) -> list
             "the model's log-likelihoods are NaN; check its weights and dtype (fp16 overflows where bf16 does not)"
         )
     return sums
+
+
+def run_evaluation(
+    data, adapter=None, base=None, *, batch_size=16, out=None, chat=False, console=None, **load
+) -> Result:
+    """What `adafuse eval` does: read the items, load the adapter on its base (or the base alone), evaluate, print, write JSON."""
+    console = console or Console()
+    items = read_choices(data)
+    if out is not None and not Path(out).parent.is_dir():
+        raise ValueError(f"--out {out}: its folder does not exist")
+    model, tokenizer = load_adapted(adapter, base, **load) if adapter else load_base(base, **load)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("evaluating", total=None)
+        progress = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        result = evaluate(model, tokenizer, items, batch_size, chat=chat, progress=progress)
+    console.print(str(result), highlight=False, markup=False)
+    if out is not None:
+        settings = {"data": str(data), "adapter": adapter and str(adapter), "base": base and str(base), "chat": chat}
+        Path(out).write_text(json.dumps({**settings, **result.to_dict()}, indent=2) + "\n", encoding="utf-8")
+    return result
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -68,7 +69,7 @@ def inspect_text(model, tokenizer, text: str) -> Report:
         num_experts=config.num_experts,
         routing=config.routing,
         statistics=summarise(routing, config.num_experts),
-        model_name=getattr(model.config, "_name_or_path", ""),
+        model_name=_name_of(model),
     )
 
 
@@ -105,6 +106,12 @@ def summarise(routing, num_experts: int, mask: torch.Tensor | None = None) -> di
         "collapsed": [tuple(place) for place in (load < COLLAPSED / num_experts).nonzero().tolist()],
         **{name: torch.tensor(values) for name, values in zip(names, zip(*per_decision, strict=True), strict=True)},
     }
+
+
+def _name_of(model):
+    """The hub id of the base, or the name of its folder: a page that is passed on need not tell where that folder was."""
+    name = getattr(model.config, "_name_or_path", "")
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _cut(text, offsets) -> list[str]:

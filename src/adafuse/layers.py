@@ -18,8 +18,8 @@ from adafuse.ops.delta import add_delta
 from adafuse.router import Routing
 
 OUTSIDE = object()  # no forward is running
-# Per thread and task, so that two threads may run one model. `_forward_masks`: the rank masks of the running forward, a block's
-# each, from block 0 to the last; `_block_mask`: the one of the running block. None in them means: adapters off.
+# Per thread, so that two may run one model. `_forward_masks`: a rank mask for each block of the running forward, from block 0 to
+# the last; `_block_mask`: that of the running block. A mask of None means: adapters off.
 _forward_masks: ContextVar = ContextVar("adafuse_forward_masks", default=OUTSIDE)
 _block_mask: ContextVar = ContextVar("adafuse_block_mask", default=OUTSIDE)
 _recorder: ContextVar = ContextVar("adafuse_recorder", default=None)
@@ -30,7 +30,7 @@ class StopAfterRouting(Exception):
 
 
 class Recorder:
-    """What `recording` yields: the h0 and the Routing of the forwards run inside it, last first asked for."""
+    """What `recording` yields: h0 and Routing of the forward run inside it, None if none was routed."""
 
     def __init__(self, stop):
         self.stop, self.h0, self.routing = stop, None, None
@@ -187,20 +187,36 @@ def _refuse_reentrant(block):
         )
 
 
+def check_blocks(blocks):
+    """ValueError if something has replaced a block's own forward, which then would not hand the routing on."""
+    for block in blocks:
+        if "forward" in vars(block) and not hasattr(block, "_old_forward"):
+            raise ValueError(
+                f"the forward of a {type(block).__name__} was replaced on the object (a patch for speed?), so routing cannot reach its "
+                "linears; attach the adapter to an unpatched model"
+            )
+
+
 def route_blocks(blocks, gate):
     """Give each block its place in `gate` and put RoutedBlock in front of its class."""
+    # One class for all blocks of a class, so that torch.compile does not take each block for another kind of module. It keeps
+    # the name: transformers and accelerate know blocks by it (_no_split_modules).
+    routed = {cls: type(cls.__name__, (RoutedBlock, cls), {"__module__": cls.__module__}) for cls in map(type, blocks)}
     for index, block in enumerate(blocks):
         block._adafuse_gate, block._adafuse_index = gate, index
-        # The class keeps its name: transformers and accelerate know blocks by it (_no_split_modules).
-        block.__class__ = type(type(block).__name__, (RoutedBlock, type(block)), {"__module__": type(block).__module__})
-        if hasattr(block, "_old_forward"):  # accelerate's hooks kept the forward of the class the block had
-            block._old_forward = block.__class__.forward.__get__(block)
+        _change_class(block, routed[type(block)])
 
 
 def unroute_blocks(blocks):
     """Undo `route_blocks`."""
     for block in blocks:
-        block.__class__ = block.__class__.__mro__[2]
-        if hasattr(block, "_old_forward"):
-            block._old_forward = block.__class__.forward.__get__(block)
+        routed, mixin, original = type(block).__mro__[:3]
+        assert mixin is RoutedBlock, f"the class of a block was changed after attaching: {routed}"
+        _change_class(block, original)
         del block._adafuse_gate, block._adafuse_index
+
+
+def _change_class(block, cls):
+    block.__class__ = cls
+    if hasattr(block, "_old_forward"):  # accelerate's hooks hold on to the forward of the class the block had
+        block._old_forward = cls.forward.__get__(block)

@@ -5,24 +5,24 @@ from __future__ import annotations
 import copy
 import inspect
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 
 from adafuse import checkpoint
 from adafuse.config import AdaFuseConfig
 from adafuse.discover import check_causal_lm, find_blocks, find_targets
 from adafuse.experts import ExpertBank
-from adafuse.layers import AdapterLinear, PreGate, RoutedBlock, recording, route_blocks, unroute_blocks
+from adafuse.fingerprint import check_same_base, fingerprint, tensor_shapes
+from adafuse.layers import AdapterLinear, PreGate, RoutedBlock, check_blocks, recording, route_blocks, unroute_blocks
+from adafuse.peft_surface import ADAPTER_NAME, PeftSurface, check_name
 from adafuse.router import Router, Routing, balance_loss
 
-ADAPTER_NAME = "default"  # PEFT's name for the one adapter a model has
 EXECUTIONS = ("auto", "reference")
 
 
-class AdaFuseModel(PeftModel):
+class AdaFuseModel(PeftSurface):
     """`base` with a mixture of LoRA experts on its linears, routed once per token before block 0.
 
     base: any HuggingFace decoder-only causal LM, quantised or not; it is changed in place (its weights are neither copied nor
@@ -33,11 +33,11 @@ class AdaFuseModel(PeftModel):
     """
 
     def __init__(self, base, config: AdaFuseConfig | None = None):
-        nn.Module.__init__(self)
         config = AdaFuseConfig() if config is None else config
         _check_unadapted(base)
         check_causal_lm(base)
         _, blocks = find_blocks(base)
+        check_blocks(blocks)
         targets = find_targets(base, config)
         # Everything that can fail comes before the first change to the base.
         banks = {target.path: _bank_for(target, config) for target in targets}
@@ -49,11 +49,12 @@ class AdaFuseModel(PeftModel):
             router_hidden=config.router_hidden,
             device=_device_of(targets[0].module),
         )
-        self._prepare_peft_surface(base)
+        self._init_surface(base)
         self.adafuse_config, self.banks = config, banks
         self.config = _config_with_aux_loss(base.config, config.aux_loss_coef)
         self.execution = "auto"
         self._trained_before = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
+        self._forward_names = [name for name in inspect.signature(type(base).forward).parameters if name != "self"]
         self._gate = PreGate(router, config, len(blocks))
         base.requires_grad_(False)
         for target in targets:
@@ -61,24 +62,9 @@ class AdaFuseModel(PeftModel):
                 target.path, AdapterLinear(target.module, banks[target.path], target.path, config.lora_dropout)
             )
         route_blocks(blocks, self._gate)
-        self.base_model = _Backbone(base)
-        self.router = router
-        self.train(base.training)
-
-    def _prepare_peft_surface(self, base):
-        """What PeftModel's own methods, Trainer and TRL read of a PeftModel."""
-        name = getattr(base.config, "_name_or_path", "") or getattr(base, "name_or_path", "")
-        self._peft_config = {ADAPTER_NAME: PeftConfig(base_model_name_or_path=name, task_type="CAUSAL_LM")}
-        self.active_adapter, self.peft_type = ADAPTER_NAME, None
-        self.special_peft_forward_args, self._is_prompt_learning = set(), False
-
-    @property
-    def peft_config(self):
-        return self._peft_config
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return [ADAPTER_NAME]
+        self.router = router.train(base.training)
+        # Not self.train(): that would also set the modes of the base's own modules.
+        self.training = self.base_model.training = base.training
 
     @property
     def has_active_enabled_adapter(self) -> bool:
@@ -111,8 +97,7 @@ class AdaFuseModel(PeftModel):
             output_router_logits = self.config.get_text_config(decoder=True).output_router_logits
         with recording() as record:
             output = self.get_base_model()(*args, **kwargs)
-        given = inspect.signature(self.get_base_model().forward).bind_partial(*args, **kwargs).arguments
-        given = {**given.pop("kwargs", {}), **given}
+        given = {**dict(zip(self._forward_names, args, strict=False)), **kwargs}
         if output_router_logits:
             return _with_aux_loss(output, self._aux_loss(record.routing, given))
         coefficient = self.adafuse_config.aux_loss_coef
@@ -218,6 +203,10 @@ class AdaFuseModel(PeftModel):
         names = {f"router.{name}" for name, _ in self.router.named_parameters()}
         return names | {f"{_bank_name(path)}.{which}" for path in self.banks for which in "ab"}
 
+    def _fingerprint(self):
+        base = self.get_base_model()
+        return fingerprint(base, (base.get_submodule(path) for path in self.banks))
+
     # --- saving and loading ------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, dtype=torch.float32, **kwargs):
@@ -233,7 +222,7 @@ class AdaFuseModel(PeftModel):
         tensors = self.adapter_tensors(state_dict=state_dict or None)
         tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
         name = self.peft_config[ADAPTER_NAME].base_model_name_or_path
-        checkpoint.write(save_directory, checkpoint.describe(self.adafuse_config, name, self.fingerprint()), tensors)
+        checkpoint.write(save_directory, checkpoint.describe(self.adafuse_config, name, self._fingerprint()), tensors)
 
     @classmethod
     def from_pretrained(cls, model, model_id, adapter_name=ADAPTER_NAME, is_trainable=False, **hub):
@@ -242,13 +231,14 @@ class AdaFuseModel(PeftModel):
         For inference (frozen, in eval mode) unless is_trainable. hub: revision, token, cache_dir, ... of huggingface_hub.
         Raises ValueError, leaving the base as it was, if anything is wrong with the files or they belong to another base.
         """
-        folder = _local_folder(model_id, hub)
+        folder = checkpoint.locate(model_id, **hub)
         description = checkpoint.read_description(folder)
         config = checkpoint.config_of(description)
         _check_unadapted(model)
         check_causal_lm(model)
-        _check_fingerprint(folder, description, _fingerprint(model, find_targets(model, config)))
-        tensors = checkpoint.read_tensors(folder, _expected_shapes(model, config))
+        found = fingerprint(model, find_targets(model, config))
+        check_same_base(folder, description, found)
+        tensors = checkpoint.read_tensors(folder, tensor_shapes(found, config))
         adapted = cls(model, config)
         adapted.load_adapter_tensors(tensors)
         if not is_trainable:
@@ -258,91 +248,21 @@ class AdaFuseModel(PeftModel):
 
     def load_adapter(self, model_id, adapter_name=ADAPTER_NAME, is_trainable=False, **hub):
         """Replace the weights of this adapter by those of a checkpoint with the same settings (Trainer resumes with it)."""
-        _check_name(adapter_name)
-        folder = _local_folder(model_id, hub)
+        check_name(adapter_name)
+        folder = checkpoint.locate(model_id, **hub)
         description = checkpoint.read_description(folder)
-        _check_fingerprint(folder, description, self.fingerprint())
+        check_same_base(folder, description, self._fingerprint())
         mine, theirs = self.adafuse_config.to_dict(), checkpoint.config_of(description).to_dict()
         if differing := [f"{key}={theirs[key]!r} (here {mine[key]!r})" for key in mine if mine[key] != theirs[key]]:
             raise ValueError(
                 f"{folder} has other settings than this model: {', '.join(differing)}; use AdaFuseModel.from_pretrained"
             )
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.adapter_tensors().items()}
-        self.load_adapter_tensors(checkpoint.read_tensors(folder, shapes))
+        self.load_adapter_tensors(
+            checkpoint.read_tensors(folder, tensor_shapes(self._fingerprint(), self.adafuse_config))
+        )
         if not is_trainable:
             self.eval()
         return nn.modules.module._IncompatibleKeys([], [])
-
-    def fingerprint(self) -> dict:
-        """What a base must share with the one this adapter was made on; nothing that quantising or renaming would change."""
-        base = self.get_base_model()
-        return _fingerprint(base, (base.get_submodule(path) for path in self.banks))
-
-    def create_or_update_model_card(self, output_dir):
-        """A README.md that says what the folder is; one that is there already is left alone."""
-        path = Path(output_dir) / "README.md"
-        if path.exists():
-            return
-        base = self.peft_config[ADAPTER_NAME].base_model_name_or_path
-        head = ["library_name: adafuse", "pipeline_tag: text-generation", "tags: [lora, mixture-of-experts]"]
-        head += [f"base_model: {base}"] if base else []
-        body = f"A dynamic adapter for `{base or 'its base model'}`, made with adafuse.\n\n```json\n{self.adafuse_config.to_json()}\n```"
-        path.write_text("---\n" + "\n".join(head) + f"\n---\n\n{body}\n", encoding="utf-8")
-
-    def set_adapter(self, adapter_name, inference_mode=False):
-        """There is one adapter, always active: any other name is refused."""
-        _check_name(adapter_name)
-
-
-class _Backbone(nn.Module):
-    """The `base_model` a PeftModel is expected to have: the HuggingFace model sits at `.model`, attributes fall through to it."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
-
-
-def _refusal(name, why):
-    def refuse(self, *args, **kwargs):
-        raise ValueError(f"{name}: {why}")
-
-    refuse.__name__, refuse.__doc__ = name, f"Refused: {why}."
-    return refuse
-
-
-_ONE_ADAPTER = (
-    "a model has one dynamic adapter; its experts are the adapters (num_experts, or import_loras for trained LoRAs)"
-)
-_NO_MERGE = (
-    "the experts change with every token, so there is no one set of merged weights; detach() gives the base back"
-)
-for _name in ("add_adapter", "delete_adapter", "add_weighted_adapter", "set_requires_grad"):
-    setattr(AdaFuseModel, _name, _refusal(_name, _ONE_ADAPTER))
-for _name in ("merge_and_unload", "merge_adapter", "unmerge_adapter", "unload"):
-    setattr(AdaFuseModel, _name, _refusal(_name, _NO_MERGE))
-for _name in (
-    "get_layer_status",
-    "get_model_status",
-    "get_prompt",
-    "get_prompt_embedding_to_save",
-    "supports_lora_conversion",
-):
-    setattr(
-        AdaFuseModel,
-        _name,
-        _refusal(_name, "it describes PEFT's own tuners; print(model), model.banks and model.router show this one"),
-    )
 
 
 def _check_unadapted(base):
@@ -356,51 +276,6 @@ def _check_unadapted(base):
         raise ValueError(
             "the base already carries a dynamic adapter; call detach() on that one first, or load a second copy of the base"
         )
-
-
-def _check_name(adapter_name):
-    if adapter_name != ADAPTER_NAME:
-        raise ValueError(f"adapter {adapter_name!r}: {_ONE_ADAPTER}; it is called {ADAPTER_NAME!r}")
-
-
-def _check_fingerprint(folder, description, found):
-    saved = description.get("fingerprint")
-    if saved == found:
-        return
-    if not isinstance(saved, dict):
-        raise ValueError(f"{folder}: its {checkpoint.CONFIG_FILE} has no fingerprint of the base")
-    differing = next(key for key in (*found, *saved) if saved.get(key) != found.get(key))
-    if differing == "linears" and isinstance(saved.get(differing), dict):
-        path = next(
-            p for p in (*found[differing], *saved[differing]) if saved[differing].get(p) != found[differing].get(p)
-        )
-        saved, found, differing = saved[differing], found[differing], path
-    raise ValueError(
-        f"{folder} was made on another base: {differing} is {saved.get(differing)} there and {found.get(differing)} in this model "
-        f"(it names {description.get('base_model_name_or_path') or 'no base'})"
-    )
-
-
-def _fingerprint(base, linears) -> dict:
-    text = base.config.get_text_config(decoder=True)
-    return {
-        "model_type": base.config.model_type,
-        "hidden_size": text.hidden_size,
-        "num_hidden_layers": text.num_hidden_layers,
-        "linears": {linear.path: [linear.out_features, linear.in_features] for linear in linears},
-    }
-
-
-def _expected_shapes(base, config):
-    text = base.config.get_text_config(decoder=True)
-    decisions = text.num_hidden_layers if config.routing == "layer" else 1
-    shapes = {"router.weight": (decisions * config.num_experts, config.router_hidden or text.hidden_size)}
-    if config.router_hidden:
-        shapes["router.hidden.weight"] = (config.router_hidden, text.hidden_size)
-    for target in find_targets(base, config):
-        bank = ExpertBank.shapes(target.in_features, target.out_features, config)
-        shapes |= {f"{target.path}.{name}": shape for name, shape in bank.items()}
-    return shapes
 
 
 def _bank_for(target, config):
@@ -428,22 +303,6 @@ def _config_with_aux_loss(config, coefficient):
     for part in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
         part.output_router_logits, part.router_aux_loss_coef = False, coefficient
     return config
-
-
-def _local_folder(model_id, hub):
-    if Path(model_id).exists():
-        return Path(model_id)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(
-            snapshot_download(str(model_id), allow_patterns=[checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE], **hub)
-        )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise ValueError(
-            f"{model_id} is neither a folder here nor an adapter that could be fetched from the hub: {error}"
-        ) from error
 
 
 def _share_of_labels(given):

@@ -5,18 +5,34 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from adafuse.inspection import Report
+from rich.console import Console
+
+from adafuse.base import load_adapted
+from adafuse.inspection import Report, inspect_text
 
 # Colours of experts in OKLCH: hues a golden angle apart never come close to repeating, and four levels of lightness set apart what
 # colour-blind eyes see as one hue. Start and order of the levels were searched for: of the first 8 experts no two come closer than
 # 0.04 in OKLab (twice a just noticeable difference), for normal, protan, deutan or tritan sight, light page or dark.
 GOLDEN_ANGLE = 137.508
-FIRST_HUE = 20.0
+FIRST_HUE = 148.0
 LEVELS = (0, 2, 1, 3)
 MARKS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 CONTINUED = "◦"  # a token that is only a later part of a character
 ENOUGH_CHOICES = 10  # with fewer choices an expert, on average, a text cannot tell which experts are idle
 ROW_NAMES = ("load_entropy", "weight_entropy", "same_set", "same_set_chance", "overlap", "overlap_chance")
+
+
+def run_inspection(adapter, text, out, *, base=None, console=None, **load) -> Report:
+    """What `adafuse inspect` does: read the text file, load the adapter on its base, route the text, write the page."""
+    console = console or Console()
+    words = _read_text(text)
+    model, tokenizer = load_adapted(adapter, base, **load)
+    report = inspect_text(model, tokenizer, words)
+    write_page(report, out)
+    entropy, even = report.statistics["load_entropy"].mean().item(), math.log2(report.num_experts)
+    line = f"{len(report.pieces)} tokens, entropy of the load {entropy:.2f} of {even:.2f} bits; page: {out}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return report
 
 
 def write_page(report: Report, path) -> Path:
@@ -42,13 +58,24 @@ def expert_colour(expert: int) -> tuple[float, float]:
     return (FIRST_HUE + GOLDEN_ANGLE * expert) % 360, LEVELS[expert % len(LEVELS)] / max(LEVELS)
 
 
+def _read_text(path) -> str:
+    """The file as it is, carriage returns included. ValueError if there is none, or nothing in it, or no UTF-8."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file")
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first") from error
+    if not text:
+        raise ValueError(f"{path} is empty: there is no token to route")
+    return text
+
+
 def _view(report) -> dict:
     """What the template shows: plain numbers and strings."""
     stats, decisions = report.statistics, report.experts.shape[1]
     load = stats["load"]
-    chosen = (
-        report.experts.shape[0] * report.experts.shape[2] / report.num_experts
-    )  # choices an expert would get, were they even
+    choices_of_even_expert = report.experts.shape[0] * report.experts.shape[2] / report.num_experts
     return {
         "report": report,
         "top_k": report.experts.shape[2],
@@ -65,7 +92,7 @@ def _view(report) -> dict:
         "means": {name: stats[name].double().mean().item() for name in ROW_NAMES},
         "mean_weight": stats["weights"][:, 0].mean().item(),
         "collapsed": stats["collapsed"],
-        "collapse_known": chosen >= ENOUGH_CHOICES,
+        "collapse_known": choices_of_even_expert >= ENOUGH_CHOICES,
         "data": {
             "experts": report.experts.movedim(1, 0).tolist(),
             "weights": (report.weights.movedim(1, 0).double() * 1000).round().int().tolist(),
@@ -98,4 +125,4 @@ def _literal(text):
 
 
 def _percent(share, digits=1):
-    return "–" if math.isnan(share) else f"{100 * share:.{digits}f} %"
+    return "–" if math.isnan(share) else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"

@@ -1,0 +1,1 @@
+"""Bridges to other libraries' formats. Each module imports its library; nothing here is imported by the core."""
