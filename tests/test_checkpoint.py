@@ -432,8 +432,8 @@ def test_a_format_version_that_is_none(folder, version):
         ({"target_modules": ["q_proj"]}, "another base"),
         ({"fingerprint": None}, "fingerprint"),
         ({"fingerprint": []}, "fingerprint"),
-        ({"fingerprint": {}}, "another base"),
-        ({"fingerprint": {"model_type": "llama", "linears": 3}}, "another base"),
+        ({"fingerprint": {}}, "no fingerprint"),
+        ({"fingerprint": {"model_type": "llama", "linears": 3}}, "no fingerprint"),
     ],
     ids=str,
 )

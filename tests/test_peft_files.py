@@ -48,9 +48,9 @@ def make_loras(tmp_path, fam, *settings):
 
 
 def silent(function, *args, **kwargs):
-    """The call, with any warning an error."""
+    """The call, with any warning to the user an error (what libraries deprecate among themselves is not one)."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         return function(*args, **kwargs)
 
 
@@ -324,11 +324,14 @@ def test_detach_after_import_gives_the_base_back(tmp_path):
 
 
 def test_training_the_router_moves_the_router_only(tmp_path):
-    """Labels are what the first LoRA's model would say: the router learns to choose it."""
+    """Labels are what the first LoRA's model would say: the router learns to choose it.
+
+    All three experts run, so that a token that does not choose the first one at the start still learns of it.
+    """
     fam = family("llama")
     folders, references = make_loras(tmp_path, fam, {}, {}, {})
-    model = silent(import_loras, fam.build(), folders, top_k=2, aux_loss_coef=0.0)
-    ids = batch(8, 12)
+    model = silent(import_loras, fam.build(), folders, top_k=3, aux_loss_coef=0.0)
+    ids = batch(4, 6)  # fewer tokens than the router has inputs: it can tell all of them apart
     with torch.no_grad():
         wanted = references[0](input_ids=ids).logits.softmax(-1)
     before = {name: tensor.clone() for name, tensor in model.adapter_tensors().items()}
@@ -348,7 +351,8 @@ def test_training_the_router_moves_the_router_only(tmp_path):
     after = model.adapter_tensors()
     assert [name for name in after if not torch.equal(after[name], before[name])] == ["router.weight"]
     assert all(torch.equal(p, base[n]) for n, p in model.get_base_model().named_parameters() if n in base)
-    assert losses[-1] < losses[0] - 0.1
+    floor = -(wanted * wanted.log()).sum(-1).mean()
+    assert losses[-1] - floor < 0.25 * (losses[0] - floor)
     assert shares[1] > 0.9 > shares[0]
 
 
@@ -447,7 +451,7 @@ def refused(fam, folders, match, **settings):
         ({"lora_bias": True}, "lora_bias is set.*with a bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is set.*beside the LoRA"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices is set.*embeddings"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.*is a LoRA on an embedding"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.*(is a LoRA on an embedding|saved beside the LoRA)"),
         (
             {"target_modules": ["q_proj", "lm_head"]},
             "lm_head.*saved beside the LoRA|lm_head is the language-model head",
@@ -477,7 +481,7 @@ def test_more_than_a_plain_lora_is_refused(tmp_path, settings, match):
         ({"megatron_config": {"tp": 2}}, "megatron_config is set"),
         ({"use_qalora": True}, "use_qalora is set"),
         ({"something_new": {"deep": 1}}, "something_new is set.*does not know"),
-        ({"r": 8}, r"A \[4, 32\].*gives rank 8"),
+        ({"r": 8}, r"A \[4, \d+\].*gives rank 8"),
         ({"r": None}, "r of model.layers.0.* is None"),
         ({"r": 0}, "the rank of .* is 0"),
         ({"lora_alpha": "high"}, "lora_alpha of .* is 'high'"),
@@ -542,7 +546,8 @@ def test_the_same_module_under_two_names_is_refused(tmp_path):
     folder = tmp_path / "lora"
     make_lora(folder, family("llama"), target_modules=["q_proj"])
     tensors = load_file(folder / WEIGHTS)
-    save_file({**tensors, **_renaming("model.layers", "language_model.model.layers")(tensors)}, folder / WEIGHTS)
+    twice = _renaming("model.layers", "language_model.model.layers")({k: t.clone() for k, t in tensors.items()})
+    save_file({**tensors, **twice}, folder / WEIGHTS)
     refused(family("llama"), [folder], "two LoRAs in the file are for model.layers.0.self_attn.q_proj")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
-from families import PAD, VOCAB
+from families import PAD, VOCAB, family
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 EOS = "<eos>"
 IGNORED = -100
@@ -60,3 +62,26 @@ def collate(rows, extra: int = 0, left: bool = False) -> dict[str, torch.Tensor]
         "attention_mask": torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in rows]),
         "labels": torch.tensor([pad(row["labels"], IGNORED) for row in rows]),
     }
+
+
+def save_base(folder, *, chat: bool = False, positions: int = 64):
+    """A folder with a tiny random Llama for `tokenizer()` and that tokenizer: what `--base` names."""
+    settings = {**family("llama").build().config.to_dict(), "vocab_size": 257, "max_position_embeddings": positions}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = LlamaForCausalLM(LlamaConfig(**settings))
+    base.save_pretrained(folder)
+    tokenizer(chat).save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def sums(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Prompts and answers of one task: adding two digits."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = torch.randint(0, 10, (count, 2), generator=generator).tolist()
+    return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]

@@ -102,7 +102,7 @@ def read_description(folder) -> dict:
     folder = Path(folder)
     header = _read_header(folder)
     path = folder / CONFIG_FILE
-    on_disk = _parse(path.read_text(encoding="utf-8"), path) if path.is_file() else None
+    on_disk = parse(path.read_bytes(), path) if path.is_file() else None
     if header is None and on_disk is None:
         raise ValueError(f"{folder} is not an adapter: it has no {CONFIG_FILE}")
     if header is not None and header != on_disk:
@@ -116,7 +116,7 @@ def read_description(folder) -> dict:
         raise ValueError(
             f"{folder} is a PEFT {description['peft_type']} adapter; import it with adafuse.integrations.peft.import_loras"
         )
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise ValueError(f"{folder}: format_version is {version!r}; this is not an adapter that adafuse wrote")
     if version > FORMAT_VERSION:
         raise ValueError(
@@ -133,7 +133,7 @@ def config_of(description: dict) -> AdaFuseConfig:
 def read_tensors(folder, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """All tensors, on the CPU, in fp32: exactly those `expected` (name -> shape), finite. ValueError otherwise."""
     path = Path(folder) / WEIGHTS_FILE
-    with _open(path) as file:
+    with open_weights(path) as file:
         names = set(file.keys())
         if missing := sorted(set(expected) - names):
             raise ValueError(f"{path}: {len(missing)} tensor(s) missing, first {missing[0]}")
@@ -152,12 +152,13 @@ def read_tensors(folder, expected: dict[str, tuple[int, ...]]) -> dict[str, torc
 
 
 def _read_header(folder):
-    with _open(folder / WEIGHTS_FILE) as file:
+    with open_weights(folder / WEIGHTS_FILE) as file:
         text = (file.metadata() or {}).get("adapter_config")
-    return None if text is None else _parse(text, f"the header of {folder / WEIGHTS_FILE}")
+    return None if text is None else parse(text, f"the header of {folder / WEIGHTS_FILE}")
 
 
-def _open(path):
+def open_weights(path):
+    """The safetensors file, opened for reading. ValueError if it is missing, a pickle stands in its place, or it cannot be read."""
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent} is not a folder; an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     if not path.is_file():
@@ -174,10 +175,11 @@ def _open(path):
         ) from error
 
 
-def _parse(text, where):
+def parse(text, where) -> dict:
+    """The JSON object in `text` (str, or bytes of UTF-8). ValueError, naming `where`, for anything else."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # broken JSON, or bytes that are no UTF-8
         raise ValueError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where} must hold a JSON object, found {type(value).__name__}")

@@ -1,10 +1,12 @@
-"""Training examples: JSON lines of prompt and answer, or of chat messages, to token ids with labels on the answers only."""
+"""Data: JSON lines of prompt and answer, or of chat messages, to token ids with labels on the answers only."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from jinja2 import TemplateError
 
 IGNORED = -100  # the label of a token the loss leaves out
 
@@ -25,7 +27,7 @@ class Encoded:
 
     rows: list[dict]
     too_long: list[int]
-    max_length: int
+    max_length: int | None
 
     def report(self) -> str:
         """One line on what was left out; empty if nothing was."""
@@ -42,12 +44,14 @@ def read_jsonl(path) -> list[tuple[int, dict]]:
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     records = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:  # as bytes, so that a line that is not UTF-8 can be named
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not UTF-8 text ({error})") from error
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: broken JSON ({error})") from error
             if not isinstance(record, dict):
@@ -89,17 +93,19 @@ def _messages(where, messages):
     return tuple(messages)
 
 
-def encode(examples, tokenizer, max_length: int, chat: bool = False) -> Encoded:
+def encode(examples, tokenizer, max_length: int | None, chat: bool = False) -> Encoded:
     """Token ids of each example; labels are the ids of the answers (and of the end of each), IGNORED elsewhere.
 
-    A plain prompt and its answer are tokenised apart and put together as they are, with BOS in front where the tokenizer adds
-    one and EOS behind. chat: the prompt becomes a user turn of the tokenizer's chat template, as messages always do. Examples over
-    max_length tokens are left out and counted, never cut. ValueError if none is left.
+    A plain prompt and its answer are tokenised apart and put together as they are: `prompt_ids`, the answer, EOS. chat: the
+    prompt becomes a user turn of the tokenizer's chat template, as messages always do. Examples over max_length tokens (None:
+    any length will do) are left out and counted, never cut. ValueError if none is left.
     """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-sequence token to end answers with; set tokenizer.eos_token")
     rows, too_long = [], []
     for example in examples:
         ids, labels = _encode_one(example, tokenizer, chat)
-        if len(ids) > max_length:
+        if max_length is not None and len(ids) > max_length:
             too_long.append(example.line)
         else:
             rows.append({"input_ids": ids, "labels": labels})
@@ -109,50 +115,65 @@ def encode(examples, tokenizer, max_length: int, chat: bool = False) -> Encoded:
     return encoded
 
 
+def prompt_ids(tokenizer, prompt: str, chat: bool = False) -> list[int]:
+    """Token ids of a prompt: the tokenizer's BOS if it adds one, then the text; never an EOS.
+
+    An empty prompt becomes the BOS token, or the EOS token of a tokenizer that adds none, as in lm-eval. chat: the prompt is the
+    user's turn, followed by the head of the assistant's.
+    """
+    if chat:
+        return _template(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+    ids = tokenizer(prompt).input_ids
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+        ids = ids[:-1]
+    if ids:
+        return ids
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if start is None:
+        raise ValueError(
+            "a prompt is empty and the tokenizer has neither BOS nor EOS to start from; give every item a prompt"
+        )
+    return [start]
+
+
 def _encode_one(example, tokenizer, chat):
     if example.messages:
         return _encode_chat(example, list(example.messages), tokenizer)
     if chat:
         turns = [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.answer}]
         return _encode_chat(example, turns, tokenizer)
-    prompt = tokenizer(example.prompt).input_ids
-    if prompt and prompt[-1] == tokenizer.eos_token_id and len(prompt) > 1:  # some tokenizers end every text
-        prompt = prompt[:-1]
+    prompt = prompt_ids(tokenizer, example.prompt)
     answer = [*tokenizer(example.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     return prompt + answer, [IGNORED] * len(prompt) + answer
 
 
 def _encode_chat(example, messages, tokenizer):
     """Ids of the whole conversation; each assistant turn is found as what it adds to the conversation before it."""
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "the tokenizer has no chat template, which messages (and --chat) need; use prompt and answer instead"
-        )
-    whole = _template(tokenizer, messages)
-    labels = [IGNORED] * len(whole)
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _template(tokenizer, messages[:index], add_generation_prompt=True)
-        after = _template(tokenizer, messages[: index + 1])
-        if whole[: len(before)] != before or whole[: len(after)] != after:
-            raise ValueError(
-                f"line {example.line}: the chat template rewrites earlier turns, so the answers cannot be told from the prompts; use "
-                "one question and answer an example"
-            )
-        labels[len(before) : len(after)] = after[len(before) :]
+    try:
+        whole = _template(tokenizer, messages)
+        labels = [IGNORED] * len(whole)
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = _template(tokenizer, messages[:index], add_generation_prompt=True) if index else []
+            after = _template(tokenizer, messages[: index + 1])
+            if whole[: len(before)] != before or whole[: len(after)] != after:
+                raise ValueError(
+                    f"line {example.line}: the chat template rewrites earlier turns, so the answers cannot be told from the "
+                    "prompts; use one question and answer an example"
+                )
+            labels[len(before) : len(after)] = after[len(before) :]
+    except TemplateError as error:  # roles it does not know, or not in the order it wants
+        raise ValueError(f"line {example.line}: the chat template refuses these messages: {error}") from error
+    if not any(label != IGNORED for label in labels[1:]):
+        raise ValueError(f"line {example.line}: the chat template drops the answers, so there is nothing to learn from")
     return whole, labels
 
 
 def _template(tokenizer, messages, **options):
-    if not messages:
-        return []
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the tokenizer has no chat template, which messages and chat=True (--chat) need; use plain prompts, or set "
+            "tokenizer.chat_template"
+        )
     return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
-
-
-def max_length_of(model, asked: int | None = None) -> int:
-    """The longest sequence to train on: what was asked for, at most what the model allows. ValueError if it asks for more."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if asked is not None and limit is not None and asked > limit:
-        raise ValueError(f"max_length={asked} is more than the {limit} positions the model has")
-    return asked or limit or 2048

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
 from adafuse.base import load_adapted, load_base
-from adafuse.data import read_jsonl
+from adafuse.data import prompt_ids, read_jsonl
 
 NO_DOMAIN = "(no domain)"
 
@@ -144,12 +144,15 @@ def run_evaluation(
     """What `adafuse eval` does: read the items, load the adapter on its base (or the base alone), evaluate, print, write JSON."""
     console = console or Console()
     items = read_choices(data)
-    if out is not None and not Path(out).parent.is_dir():
-        raise ValueError(f"--out {out}: its folder does not exist")
+    if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
+        raise ValueError(f"--out {out} is not a file in an existing folder; name one")
     model, tokenizer = load_adapted(adapter, base, **load) if adapter else load_base(base, **load)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("evaluating", total=None)
-        progress = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+
+        def progress(done, total):
+            bar.update(task, completed=done, total=total)
+
         result = evaluate(model, tokenizer, items, batch_size, chat=chat, progress=progress)
     console.print(str(result), highlight=False, markup=False)
     if out is not None:
@@ -173,33 +176,6 @@ def in_eval_mode(model):
 def position_limit(model) -> int | None:
     """The longest sequence, in tokens, that the model's position embeddings allow; None if its config names none."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
-def prompt_ids(tokenizer, prompt: str, chat: bool = False) -> list[int]:
-    """Token ids of a prompt: the tokenizer's BOS if it adds one, then the text; never an EOS.
-
-    An empty prompt becomes the BOS token, or the EOS token of a tokenizer that adds none, as in lm-eval. chat: the prompt is the
-    user's turn, followed by the head of the assistant's.
-    """
-    if chat:
-        if not tokenizer.chat_template:
-            raise ValueError(
-                "chat=True, but the tokenizer has no chat template; evaluate with chat=False or set tokenizer.chat_template"
-            )
-        turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False).input_ids
-    ids = tokenizer(prompt).input_ids
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
-        ids = ids[:-1]
-    if ids:
-        return ids
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if start is None:
-        raise ValueError(
-            "a prompt is empty and the tokenizer has neither BOS nor EOS to start from; give every item a prompt"
-        )
-    return [start]
 
 
 def _parse_item(where, record) -> ChoiceItem:

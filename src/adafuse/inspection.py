@@ -18,9 +18,9 @@ class Report:
     """The routing of one text of S tokens.
 
     pieces: S strings that joined give the text (a token with no text of its own, such as BOS or the later bytes of a character,
-    has ""). token_ids, token_names: S each; a name is the vocabulary's own spelling. special: S bools, true for tokens that the
-    tokenizer added to the text. experts [S, D, K] int64 and weights
-    [S, D, K] float32 on the CPU, best first; D is 1 or the number of blocks. statistics: see `summarise`.
+    has ""; a tokenizer without offsets gives each token as it decodes alone). token_ids, token_names: S each; a name is the
+    vocabulary's own spelling. special: S bools, true for tokens that the tokenizer added to the text. experts [S, D, K] int64
+    and weights [S, D, K] float32 on the CPU, best first; D is 1 or the number of blocks. statistics: see `summarise`.
     """
 
     pieces: tuple[str, ...]

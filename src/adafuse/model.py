@@ -174,11 +174,17 @@ class AdaFuseModel(PeftSurface):
         return base
 
     def adapter_tensors(self, grad: bool = False, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
-        """The adapter in exchange format: name -> tensor, detached. grad: the gradients instead. state_dict: taken from there."""
+        """The adapter in exchange format: name -> tensor, detached.
+
+        grad: the gradients instead (zeros where there is none). state_dict: taken from there.
+        """
         if state_dict is None:
-            state_dict = {
-                n: p.grad if grad else p.detach() for n, p in self.named_parameters() if n in self._adapter_names()
-            }
+            names = self._adapter_names()
+            state_dict = {n: p.detach() for n, p in self.named_parameters() if n in names}
+            if grad:
+                state_dict = {
+                    n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.named_parameters() if n in names
+                }
         tensors = {"router.weight": state_dict["router.weight"]}
         if self.router.hidden is not None:
             tensors["router.hidden.weight"] = state_dict["router.hidden.weight"]
@@ -294,7 +300,12 @@ def _bank_name(path):
 
 
 def _device_of(module):
-    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    """Where a linear computes: the device of its weight; for one that accelerate offloads (its weight is on "meta"), its hook's."""
+    device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))  # a SequentialHook has several
+    execution = next((h.execution_device for h in hooks if getattr(h, "execution_device", None) is not None), None)
+    return torch.device(execution) if device.type == "meta" and execution is not None else device
 
 
 def _config_with_aux_loss(config, coefficient):

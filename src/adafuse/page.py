@@ -16,7 +16,7 @@ from adafuse.inspection import Report, inspect_text
 GOLDEN_ANGLE = 137.508
 FIRST_HUE = 148.0
 LEVELS = (0, 2, 1, 3)
-MARKS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
+MARKS = {"\n": "↵", "\r": "←", "\t": "⇥"}
 CONTINUED = "◦"  # a token that is only a later part of a character
 ENOUGH_CHOICES = 10  # with fewer choices an expert, on average, a text cannot tell which experts are idle
 ROW_NAMES = ("load_entropy", "weight_entropy", "same_set", "same_set_chance", "overlap", "overlap_chance")
@@ -25,6 +25,7 @@ ROW_NAMES = ("load_entropy", "weight_entropy", "same_set", "same_set_chance", "o
 def run_inspection(adapter, text, out, *, base=None, console=None, **load) -> Report:
     """What `adafuse inspect` does: read the text file, load the adapter on its base, route the text, write the page."""
     console = console or Console()
+    _check_out(out)
     words = _read_text(text)
     model, tokenizer = load_adapted(adapter, base, **load)
     report = inspect_text(model, tokenizer, words)
@@ -56,6 +57,14 @@ def write_page(report: Report, path) -> Path:
 def expert_colour(expert: int) -> tuple[float, float]:
     """(hue in degrees, lightness level from 0 to 1) of an expert's colour; the page turns them into OKLCH."""
     return (FIRST_HUE + GOLDEN_ANGLE * expert) % 360, LEVELS[expert % len(LEVELS)] / max(LEVELS)
+
+
+def _check_out(path):
+    """Before the model is loaded, not after."""
+    if Path(path).is_dir():
+        raise ValueError(f"--out {path} is a folder; name a file")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"--out {path}: its folder does not exist; make it first")
 
 
 def _read_text(path) -> str:

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import shutil
+import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
 
 from adafuse import data
 from adafuse.base import load_base
 from adafuse.checkpoint import CONFIG_FILE
+from adafuse.evaluation import in_eval_mode, position_limit
 from adafuse.inspection import summarise
+from adafuse.integrations.peft import import_loras
 from adafuse.model import AdaFuseModel
 from adafuse.router import Routing
 
@@ -27,7 +44,9 @@ class TrainSettings:
 
     steps: optimisation steps; 0: as many as `epochs` take. batch_size: examples a micro-batch; accumulation: micro-batches a step.
     only: "all", "router" (over frozen experts) or "experts". max_length: tokens an example may have; None: what the model allows.
-    bf16: mixed precision. eval_every, save_every: steps between evaluations and checkpoints; 0: at the end alone.
+    chat: prompts go through the tokenizer's chat template. bf16: mixed precision. eval_every: steps between evaluations; 0: one
+    at the end. save_every: steps between checkpoints to resume from (the newest two are kept); 0: none. eval_fraction: share of
+    the examples held out where no eval data is given.
     """
 
     steps: int = 0
@@ -46,8 +65,9 @@ class TrainSettings:
     eval_fraction: float = 0.05
 
     def __post_init__(self):
-        for name, least in (("steps", 0), ("batch_size", 1), ("accumulation", 1), ("eval_every", 0), ("save_every", 0)):
-            if getattr(self, name) < least:
+        least_of = {"steps": 0, "batch_size": 1, "accumulation": 1, "eval_every": 0, "save_every": 0, "max_length": 2}
+        for name, least in least_of.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; allowed: {least} or more")
         if self.steps == 0 and self.epochs <= 0:
             raise ValueError(f"epochs={self.epochs} trains nothing; give epochs > 0 or steps > 0")
@@ -61,9 +81,10 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """train_loss: mean over the run; eval_loss: at the end, None without eval data; balance: see `inspection.summarise`."""
+    """train_loss: mean over the steps of this run (not those before a resume), None if there were none left to do. eval_loss: at
+    the end, None without eval data. steps: of the whole training. balance: see `balance_of`. notes: warnings for the user."""
 
-    train_loss: float
+    train_loss: float | None
     eval_loss: float | None
     steps: int
     balance: dict
@@ -73,37 +94,63 @@ class TrainResult:
 def train(model, tokenizer, rows, *, settings=TrainSettings(), eval_rows=None, out=None, console=None, resume=False):
     """Train `model` (an AdaFuseModel) on encoded rows ({"input_ids", "labels"}) with the HuggingFace Trainer.
 
-    out: folder for checkpoints and, at the end, the adapter; None: nothing is written. Returns a TrainResult.
+    out: folder for checkpoints and, at the end, the adapter; None: nothing is written. resume: go on from the newest complete
+    checkpoint in `out`, to the same parameters that an uninterrupted run reaches, bit for bit. Returns a TrainResult.
     """
-    console = console or Console()
+    _check_wishes(settings, eval_rows, out, resume)
+    checkpoint = newest_checkpoint(out) if resume else None
+    first_step = _step_of(checkpoint) if checkpoint else 0
     model.set_trainable(settings.only)
-    trainer = Trainer(
-        model=model,
-        args=_arguments(settings, out, bool(eval_rows)),
-        train_dataset=rows,
-        eval_dataset=eval_rows or None,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=None, label_pad_token_id=data.IGNORED),
-    )
-    for callback in ("ProgressCallback", "PrinterCallback", "NotebookProgressCallback"):
-        trainer.callback_handler.callbacks = [
-            c for c in trainer.callback_handler.callbacks if type(c).__name__ != callback
-        ]
-    trainer.add_callback(_RichProgress(console))
-    outcome = trainer.train(resume_from_checkpoint=resume or None)
-    eval_loss = trainer.evaluate()["eval_loss"] if eval_rows else None
+    with _folder_for(out) as folder:
+        trainer = Trainer(
+            model=model,
+            args=_arguments(settings, folder),
+            train_dataset=rows,
+            eval_dataset=eval_rows or None,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, model=None, label_pad_token_id=data.IGNORED),
+        )
+        trainer.remove_callback(PrinterCallback)
+        with _progress(console or Console(), trainer.is_world_process_zero()) as progress:
+            trainer.add_callback(_ShowProgress(progress))
+            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        eval_loss = trainer.evaluate()["eval_loss"] if eval_rows else None
+        if out is not None:
+            model.save_pretrained(out, is_main_process=trainer.is_world_process_zero())
+    steps = trainer.state.global_step
+    # The Trainer divides the loss summed since a resume by all steps, those before it too.
+    train_loss = outcome.training_loss * steps / (steps - first_step) if steps > first_step else None
+    balance = balance_of(model, eval_rows or rows)
+    return TrainResult(train_loss, eval_loss, steps, balance, balance_warnings(balance))
+
+
+def _check_wishes(settings, eval_rows, out, resume):
+    if settings.eval_every and not eval_rows:
+        raise ValueError(
+            f"eval_every={settings.eval_every}, but there is nothing to evaluate on: give eval data (--eval-data), or more "
+            "examples, so that some are held out"
+        )
+    if out is None and (settings.save_every or resume):
+        raise ValueError("checkpoints (save_every, resume) need a folder: give out")
+    if resume and newest_checkpoint(out) is None:
+        raise ValueError(f"{out} holds no complete checkpoint to resume from (--save-every N writes one every N steps)")
+
+
+@contextmanager
+def _folder_for(out):
+    """`out`; where it is None, one that is gone afterwards (the Trainer insists on a folder)."""
     if out is not None:
-        model.save_pretrained(out, is_main_process=trainer.is_world_process_zero())
-    balance = balance_of(model, tokenizer, eval_rows or rows)
-    return TrainResult(outcome.training_loss, eval_loss, trainer.state.global_step, balance, balance_warnings(balance))
+        yield out
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
 
 
-def _arguments(settings, out, has_eval):
-    def every(steps):
-        return {"strategy": "steps", "steps": steps} if steps else {"strategy": "no", "steps": None}
+def _arguments(settings, folder):
+    def every(steps, name):
+        return {f"{name}_strategy": "steps", f"{name}_steps": steps} if steps else {f"{name}_strategy": "no"}
 
-    evaluate, save = every(settings.eval_every if has_eval else 0), every(settings.save_every if out else 0)
     return TrainingArguments(
-        output_dir=str(out) if out else "unused",
+        output_dir=str(folder),
         max_steps=settings.steps or -1,
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
@@ -114,12 +161,10 @@ def _arguments(settings, out, has_eval):
         warmup_steps=0.05,  # a share of the steps
         weight_decay=0.0,
         bf16=settings.bf16,
-        **({"gradient_checkpointing": True} if settings.gradient_checkpointing else {}),
+        gradient_checkpointing=settings.gradient_checkpointing,
         seed=settings.seed,
-        eval_strategy=evaluate["strategy"],
-        eval_steps=evaluate["steps"],
-        save_strategy=save["strategy"],
-        save_steps=save["steps"] or 500,
+        **every(settings.eval_every, "eval"),
+        **every(settings.save_every, "save"),
         save_total_limit=2,
         logging_steps=10,
         prediction_loss_only=True,
@@ -129,47 +174,46 @@ def _arguments(settings, out, has_eval):
     )
 
 
-class _RichProgress(TrainerCallback):
-    """One bar for the run with the newest loss beside it; evaluations are printed above it."""
+def _progress(console, shown):
+    """One bar for the run with the newest loss beside it."""
+    columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}")]
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not shown)
 
-    def __init__(self, console):
-        self.console, self.progress = console, None
+
+class _ShowProgress(TrainerCallback):
+    """Tells the bar of what the Trainer does; eval losses are printed above it."""
+
+    def __init__(self, progress):
+        self.progress, self.task, self.training = progress, None, False
 
     def on_train_begin(self, args, state, control, **_):
-        if not state.is_world_process_zero:
-            return
-        columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}")]
-        self.progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+        self.training = True
         self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, loss="")
-        self.progress.start()
 
     def on_step_end(self, args, state, control, **_):
-        if self.progress:
-            self.progress.update(self.task, completed=state.global_step)
+        self.progress.update(self.task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **_):
-        if self.progress and logs and "loss" in logs:
+        if "loss" in logs:
             self.progress.update(self.task, loss=f"loss {float(logs['loss']):.3f}")
-        if self.progress and logs and "eval_loss" in logs:
+        if "eval_loss" in logs and self.training and not self.progress.disable:
             self.progress.console.print(f"step {state.global_step}: eval loss {float(logs['eval_loss']):.4f}")
 
     def on_train_end(self, args, state, control, **_):
-        if self.progress:
-            self.progress.stop()
-            self.progress = None
+        self.training = False
 
 
 @torch.no_grad()
-def balance_of(model, tokenizer, rows, limit: int = 256) -> dict:
+def balance_of(model, rows, limit: int = 256) -> dict:
     """How the experts share the tokens of (at most `limit`) rows: `inspection.summarise` of their routing."""
-    was_training, parts = model.training, []
-    model.eval()
-    for row in rows[:limit]:
-        routing = model.route(torch.tensor([row["input_ids"]], device=model.device))
-        parts.append((routing.experts[0], routing.weights[0]))
-    model.train(was_training)
-    experts, weights = (torch.cat(part)[None] for part in zip(*parts, strict=True))
-    return summarise(Routing(experts, weights), num_experts=model.adafuse_config.num_experts)
+    with in_eval_mode(model):
+        routings = [model.route(torch.tensor([row["input_ids"]], device=model.device)) for row in rows[:limit]]
+    experts, weights = (
+        pad_sequence([getattr(routing, name)[0] for routing in routings], batch_first=True)
+        for name in ("experts", "weights")
+    )
+    mask = pad_sequence([torch.ones(routing.experts.shape[1]) for routing in routings], batch_first=True)
+    return summarise(Routing(experts, weights), model.adafuse_config.num_experts, mask)
 
 
 def balance_warnings(balance: dict) -> list[str]:
@@ -195,52 +239,112 @@ def run_training(
     settings,
     eval_file=None,
     adapter=None,
+    experts=None,
     resume=False,
     overwrite=False,
     console=None,
     **load,
 ):
-    """What `adafuse train` does: read and check the data, load the base, attach (or load `adapter`), train, save, report.
+    """What `adafuse train` does: read and check the data, load the base, attach, train, save, report.
 
+    config: an AdaFuseConfig for a fresh adapter. adapter: go on from this folder instead. experts: PEFT LoRA folders that become
+    the experts; config is then a dict of the settings `import_loras` takes. resume, overwrite: what to do with what is in `out`.
+    load: dtype, device, quantize of `base.load_base`.
     Nothing is written before the data and the base have been found sound. Returns the TrainResult.
     """
     console = console or Console()
     _check_out(out, resume, overwrite)
+    if adapter and experts:
+        raise ValueError("an adapter brings its own experts; give either adapter or experts (PEFT LoRA folders)")
     examples = data.read_examples(data_file)
     eval_examples = data.read_examples(eval_file) if eval_file else None
     if eval_examples is None:
         examples, eval_examples = _hold_out(examples, settings.eval_fraction)
     set_seed(settings.seed)
     model, tokenizer = load_base(base, **load)
-    limit = data.max_length_of(model, settings.max_length)
+    limit = _longest(model, settings.max_length)
     encoded = data.encode(examples, tokenizer, limit, settings.chat)
     eval_encoded = data.encode(eval_examples, tokenizer, limit, settings.chat) if eval_examples else None
     for part in (encoded, eval_encoded):
         if part and part.report():
             console.print(f"[yellow]note:[/] {part.report()}")
-    model = AdaFuseModel.from_pretrained(model, adapter, is_trainable=True) if adapter else AdaFuseModel(model, config)
-    eval_rows = eval_encoded.rows if eval_encoded else None
+    model = _attach(model, config, adapter, experts)
+    model.set_trainable(settings.only)
+    rows, eval_rows = encoded.rows, eval_encoded.rows if eval_encoded else []
+    _check_wishes(settings, eval_rows, out, resume)
     trained, total = model.get_nb_trainable_parameters()
-    console.print(
-        f"{len(encoded.rows)} examples, {len(eval_rows or [])} held out; {trained:,} adapter parameters of {total:,}"
-    )
-    result = train(
-        model, tokenizer, encoded.rows, settings=settings, eval_rows=eval_rows, out=out, console=console, resume=resume
-    )
+    console.print(f"{len(rows)} examples, {len(eval_rows)} held out; {trained:,} parameters train, of {total:,}")
+    if overwrite and not resume:
+        _remove_checkpoints(out)
+    options = {"settings": settings, "eval_rows": eval_rows, "out": out, "console": console, "resume": resume}
+    result = train(model, tokenizer, rows, **options)
     print_result(result, out, console)
     return result
+
+
+def _attach(base, config, adapter, experts):
+    if adapter:
+        return AdaFuseModel.from_pretrained(base, adapter, is_trainable=True)
+    if not experts:
+        return AdaFuseModel(base, config)
+    allowed = [name for name, p in inspect.signature(import_loras).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    if others := sorted(set(config) - set(allowed)):
+        raise ValueError(
+            f"{', '.join(others)} cannot be set for imported experts: they come from the LoRA files; allowed: {', '.join(allowed)}"
+        )
+    return import_loras(base, experts, **config)
+
+
+def _longest(model, asked):
+    """Tokens an example may have: what was asked for, else what the model allows (None: any number)."""
+    limit = position_limit(model)
+    if asked is not None and limit is not None and asked > limit:
+        raise ValueError(f"max_length={asked} is more than the {limit} positions the model has; allowed: 2 to {limit}")
+    return limit if asked is None else asked
 
 
 def _check_out(out, resume, overwrite):
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
-    if (out / CONFIG_FILE).exists() and not (resume or overwrite):
+    if resume or overwrite:
+        return
+    if (out / CONFIG_FILE).exists():
         raise ValueError(
             f"--out {out} already holds an adapter; pass --overwrite to replace it, or --resume to go on training"
         )
-    if resume and not any(out.glob("checkpoint-*")):
-        raise ValueError(f"--resume: {out} holds no checkpoint to go on from (train with --save-every)")
+    if _checkpoints(out):
+        raise ValueError(
+            f"--out {out} holds checkpoints of a run that did not end; pass --resume to go on with it, or --overwrite to start anew"
+        )
+
+
+def newest_checkpoint(out) -> Path | None:
+    """The newest checkpoint in `out` that was written to its end: a run may have been stopped in the middle of a save."""
+    return max(filter(_is_complete, _checkpoints(out)), key=_step_of, default=None)
+
+
+def _checkpoints(out) -> list[Path]:
+    return [path for path in Path(out).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+
+
+def _step_of(checkpoint) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _is_complete(checkpoint) -> bool:
+    """The Trainer writes its state last; a truncated one is no JSON."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def _remove_checkpoints(out):
+    """Checkpoints of an older run would be mistaken for those of this one."""
+    for path in _checkpoints(out):
+        shutil.rmtree(path)
 
 
 def _hold_out(examples, fraction):
@@ -256,9 +360,8 @@ def _hold_out(examples, fraction):
 def print_result(result: TrainResult, out, console):
     """Losses, the load of each expert, and a warning for experts that collapsed."""
     eval_loss = "no eval data" if result.eval_loss is None else f"eval loss {result.eval_loss:.4f}"
-    console.print(
-        f"{result.steps} steps: mean training loss {result.train_loss:.4f}, {eval_loss}; adapter saved in {out}"
-    )
+    train_loss = "nothing left to train" if result.train_loss is None else f"mean training loss {result.train_loss:.4f}"
+    console.print(f"{result.steps} steps: {train_loss}, {eval_loss}; adapter saved in {escape(str(out))}")
     load = result.balance["load"].mean(0)
     console.print("load of the experts: " + "  ".join(f"{e}: {share:.0%}" for e, share in enumerate(load.tolist())))
     for note in result.notes:

@@ -129,7 +129,7 @@ def _read_settings(folder) -> dict:
         inside = sorted(child.name for child in folder.iterdir() if (child / checkpoint.CONFIG_FILE).is_file())
         hint = f"; it contains folders that have one ({', '.join(inside)}): name those" if inside else ""
         raise ValueError(f"{folder} is not a PEFT LoRA: it has no {checkpoint.CONFIG_FILE}{hint}")
-    settings = checkpoint._parse(path.read_text(encoding="utf-8"), path)
+    settings = checkpoint.parse(path.read_bytes(), path)
     if "format_version" in settings:
         raise ValueError(f"{folder} is a dynamic adapter, not a PEFT LoRA; load it with AdaFuseModel.from_pretrained")
     return settings
@@ -163,7 +163,7 @@ def _check_init(folder, init):
 def _read_matrices(folder) -> dict[tuple[str, str], torch.Tensor]:
     """(module path, "A" or "B") -> tensor, fp32: 2-D, finite, and nothing else in the file."""
     matrices = {}
-    with checkpoint._open(folder / checkpoint.WEIGHTS_FILE) as file:
+    with checkpoint.open_weights(folder / checkpoint.WEIGHTS_FILE) as file:
         for key in file.keys():  # noqa: SIM118 - a safetensors file is not a dict
             match = _KEY.fullmatch(key)
             if match is None:
