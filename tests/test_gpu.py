@@ -77,11 +77,14 @@ def test_router_is_fp32_under_tf32_forward_and_backward(switch, hidden):
 def test_forward_does_not_wait_for_the_device(routing):
     model = model_on("cuda", torch.bfloat16, routing=routing, shared_rank=4)
     ids = torch.randint(0, 500, (2, 16), device="cuda")
+    # A ready 4-D mask: transformers waits for the device to find out whether a 2-D one, or none, means packed sequences.
+    causal = torch.full((16, 16), float("-inf")).triu(1).to("cuda", torch.bfloat16).expand(2, 1, 16, 16)
+    given = {"input_ids": ids, "attention_mask": causal, "position_ids": torch.arange(16, device="cuda")[None]}
     with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
+        model(**given, use_cache=False)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            model(input_ids=ids, use_cache=False)
+            model(**given, use_cache=False)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
