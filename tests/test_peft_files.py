@@ -419,7 +419,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     with torch.no_grad():
         model.adapter_tensors()["model.layers.0.mlp.up_proj.experts_b"][0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="refusing to export: model.layers.0.mlp.up_proj.experts_b"):
+    with pytest.raises(ValueError, match=r"refusing to export: model\.layers\.0\.mlp\.up_proj\.experts_b"):
         export_loras(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -451,7 +451,10 @@ def refused(fam, folders, match, **settings):
         ({"lora_bias": True}, "lora_bias is set.*with a bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is set.*beside the LoRA"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices is set.*embeddings"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.*(is a LoRA on an embedding|saved beside the LoRA)"),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"]},
+            "embed_tokens.*(is a LoRA on an embedding|saved beside the LoRA)",
+        ),
         (
             {"target_modules": ["q_proj", "lm_head"]},
             "lm_head.*saved beside the LoRA|lm_head is the language-model head",

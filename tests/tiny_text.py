@@ -64,9 +64,14 @@ def collate(rows, extra: int = 0, left: bool = False) -> dict[str, torch.Tensor]
     }
 
 
-def save_base(folder, *, chat: bool = False, positions: int = 64):
-    """A folder with a tiny random Llama for `tokenizer()` and that tokenizer: what `--base` names."""
-    settings = {**family("llama").build().config.to_dict(), "vocab_size": 257, "max_position_embeddings": positions}
+def save_base(folder, *, chat: bool = False, positions: int = 64, **changes):
+    """A folder with a tiny random Llama for `tokenizer()` and that tokenizer: what `--base` names. changes: to its config."""
+    settings = {
+        **family("llama").build().config.to_dict(),
+        "vocab_size": 257,
+        "max_position_embeddings": positions,
+        **changes,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
         base = LlamaForCausalLM(LlamaConfig(**settings))

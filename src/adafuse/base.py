@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ QUANTIZED = ("4bit", "8bit")
 def load_base(path, *, dtype: str = "auto", device: str = "auto", quantize: str | None = None):
     """(model, tokenizer) of a HuggingFace causal LM in a folder or hub repository.
 
-    dtype: "auto" (that of the files), "float32", "bfloat16", "float16". device: "auto" (a GPU if there is one), "cpu", "cuda", ...
+    dtype: "auto" (that of the files), "float32", "bfloat16", "float16". device: "auto" (a GPU if there is one: under torchrun
+    that of this process), "cpu", "cuda", ...
     quantize: None, "4bit" (NF4) or "8bit", by bitsandbytes. ValueError for what is no causal LM.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -25,9 +27,11 @@ def load_base(path, *, dtype: str = "auto", device: str = "auto", quantize: str 
         raise ValueError(f"dtype={dtype!r} is unknown; allowed: {', '.join(DTYPES)}")
     try:
         AutoConfig.from_pretrained(path)
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], device_map={"": device}, quantization_config=_quantization(quantize)
+            path,
+            dtype=DTYPES[dtype],
+            device_map={"": _own_device() if device == "auto" else device},
+            quantization_config=_quantization(quantize),
         )
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -51,6 +55,10 @@ def _folder(adapter):
     if not Path(adapter).is_dir():
         raise ValueError(f"{adapter} is not a folder; for an adapter on the hub pass --base too")
     return adapter
+
+
+def _own_device():
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def _quantization(quantize):

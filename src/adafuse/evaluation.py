@@ -147,7 +147,7 @@ def run_evaluation(
     if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
         raise ValueError(f"--out {out} is not a file in an existing folder; name one")
     model, tokenizer = load_adapted(adapter, base, **load) if adapter else load_base(base, **load)
-    with Progress(console=console, transient=True) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("evaluating", total=None)
 
         def progress(done, total):

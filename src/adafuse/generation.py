@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from rich.console import Console
 from rich.text import Text
 from transformers import TextStreamer, set_seed
 
 from adafuse.base import load_adapted
-from adafuse.evaluation import position_limit, prompt_ids
+from adafuse.data import prompt_ids
+from adafuse.evaluation import in_eval_mode, position_limit
 
 # Eight colours of the 256-colour palette that stay apart on light and dark terminals; expert e takes colour e modulo 8.
 COLOURS = ("color(33)", "color(166)", "color(35)", "color(162)", "color(136)", "color(98)", "color(37)", "color(160)")
+AS_TEXT = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}  # how ids are decoded
 
 
 @torch.no_grad()
@@ -26,42 +30,57 @@ def generate_text(
     chat=False,
     stream=False,
 ) -> list[int]:
-    """The ids generated after `prompt` (greedy at temperature 0), ended by EOS at the latest after max_new_tokens.
+    """The ids generated after `prompt` (see `prompt_ids`), up to an EOS of the model or the tokenizer, at most max_new_tokens.
 
-    chat: the prompt is a user turn of the tokenizer's chat template. stream: print the text while it comes. ValueError for an
-    empty prompt, a negative temperature, or a prompt that leaves the model no position for max_new_tokens more.
+    temperature 0: greedy. Above: sampled from softmax(logits / temperature), cut to the most likely tokens that together have
+    probability top_p, and nothing else (no top-k). chat: the prompt is a user turn of the tokenizer's chat template. stream: print
+    the text while it comes. ValueError for settings out of range, for an empty prompt if the tokenizer has neither BOS nor EOS, and
+    for a prompt that leaves the model no position for max_new_tokens more.
     """
-    if temperature < 0 or max_new_tokens < 1:
-        raise ValueError(f"temperature={temperature} must be at least 0 and max_new_tokens={max_new_tokens} at least 1")
+    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}: allowed are a temperature of 0 or more, a "
+            "top_p above 0 and up to 1, and 1 new token or more"
+        )
     ids = prompt_ids(tokenizer, prompt, chat=chat)
     limit = position_limit(model)
     if limit is not None and len(ids) + max_new_tokens > limit:
         raise ValueError(
-            f"the prompt's {len(ids)} tokens and {max_new_tokens} new ones are more than the {limit} the model allows"
+            f"the prompt's {len(ids)} tokens and {max_new_tokens} new ones are more than the {limit} the model allows; "
+            "shorten the prompt or ask for fewer new tokens"
         )
     inputs = torch.tensor([ids], device=model.device)
-    output = model.generate(
-        input_ids=inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
-        **({"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}),
-    )
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    with in_eval_mode(model):
+        output = model.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=_ends(model, tokenizer),
+            streamer=TextStreamer(tokenizer, skip_prompt=True, **AS_TEXT) if stream else None,
+            **(sampling if temperature else {"do_sample": False}),
+        )
     return output[0, len(ids) :].tolist()
 
 
 @torch.no_grad()
-def coloured(model, tokenizer, ids: list[int], decision: int = 0) -> Text:
-    """The text of `ids`, each token in the colour of its first expert in `decision` (0: the model's, or block 0's)."""
-    experts = model.route(torch.tensor([ids], device=model.device)).experts[0, :, decision, 0].tolist()
-    text, done = Text(), ""
-    for position, expert in enumerate(experts):
-        # Decoding the whole prefix keeps spaces and multi-byte characters as they stand in the text.
-        whole = tokenizer.decode(ids[: position + 1], skip_special_tokens=True)
-        if not whole.endswith("\N{REPLACEMENT CHARACTER}"):
-            text.append(whole[len(done) :], style=COLOURS[expert % len(COLOURS)])
-            done = whole
+def coloured(model, tokenizer, ids: list[int], decision: int = 0, before: Sequence[int] = ()) -> Text:
+    """The text of `ids`, each token in the colour of its first expert in `decision` (0: the model's, or block 0's).
+
+    A character of several tokens has the colour of its last one; control characters that would move the cursor are left out.
+    before: the ids in front of `ids` (the prompt), which matter to a model whose router sees positions.
+    """
+    with in_eval_mode(model):
+        routing = model.route(torch.tensor([[*before, *ids]], device=model.device))
+    experts = routing.experts[0, len(before) :, decision, 0].tolist()
+    whole, text, done = tokenizer.decode(ids, **AS_TEXT), Text(), 0
+    for position, expert in enumerate(experts, start=1):
+        # A prefix is decoded, not a token: so spaces and multi-byte characters are those of the whole text.
+        known = _agreeing(whole, tokenizer.decode(ids[:position], **AS_TEXT))
+        end = max(done, known)  # where bytes are tokens, a half character can undo the one before it
+        text.append(whole[done:end], style=COLOURS[expert % len(COLOURS)])
+        done = end
     return text
 
 
@@ -80,5 +99,18 @@ def run_generation(adapter, base, prompt, *, seed=0, show_experts=False, load=No
     set_seed(seed)
     ids = generate_text(model, tokenizer, prompt, stream=not show_experts, **options)
     if show_experts:
-        console.print(coloured(model, tokenizer, ids))
+        before = prompt_ids(tokenizer, prompt, chat=options.get("chat", False))
+        console.print(coloured(model, tokenizer, ids, before=before), soft_wrap=True)
         console.print(legend(model.adafuse_config.num_experts))
+
+
+def _agreeing(a: str, b: str) -> int:
+    """The length of the longest common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _ends(model, tokenizer) -> list[int] | None:
+    """The ids that end a text: those of the base's generation config, and the tokenizer's EOS, which training puts behind answers."""
+    ends = model.get_base_model().generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    return sorted((ends | {tokenizer.eos_token_id}) - {None}) or None

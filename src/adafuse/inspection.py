@@ -118,7 +118,7 @@ def _cut(text, offsets) -> list[str]:
     """Cut the text at the end of each token: text that no token covers (stripped spaces) goes to the next one, or the last."""
     pieces, done = [], 0
     for _, end in offsets:
-        pieces.append(text[done : max(done, end)])
+        pieces.append(text[done:end])
         done = max(done, end)
     pieces[-1] += text[done:]
     return pieces

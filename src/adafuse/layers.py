@@ -12,7 +12,6 @@ from contextvars import ContextVar
 
 import torch
 from torch import nn
-from torch.nn.functional import dropout
 
 from adafuse.ops.delta import add_delta
 from adafuse.router import Routing
@@ -127,7 +126,8 @@ class AdapterLinear(nn.Module):
     def __init__(self, base_layer, bank, path, dropout=0.0):
         super().__init__()
         self.base_layer, self.bank = base_layer, bank
-        self.path, self.dropout = path, dropout
+        self.path = path
+        self.dropout = nn.Dropout(dropout)  # a module, because trainers that want no noise look for those
         self.train(base_layer.training)
 
     def forward(self, x, *args, **kwargs):
@@ -144,8 +144,8 @@ class AdapterLinear(nn.Module):
                 f"{self.path} was given {x.shape[:-1].numel()} tokens while the routing is of {mask.shape[:-1].numel()}: it does not "
                 "process the block's own tokens (a cross-attention or an expert of a mixture?); leave it out of target_modules"
             )
-        if self.training and self.dropout:
-            x = dropout(x, self.dropout)
+        if self.dropout.p:
+            x = self.dropout(x)
         dtype = compute_dtype(x)
         a, b = self.bank.matrices(dtype)
         return add_delta(y, x.to(dtype), a, b, rank_mask=mask.to(x.device))
@@ -166,9 +166,6 @@ class AdapterLinear(nn.Module):
     @property
     def out_features(self):
         return self.bank.out_features
-
-    def extra_repr(self):
-        return f"dropout={self.dropout}" if self.dropout else ""
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

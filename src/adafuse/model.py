@@ -95,9 +95,14 @@ class AdaFuseModel(PeftSurface):
         """
         if output_router_logits is None:
             output_router_logits = self.config.get_text_config(decoder=True).output_router_logits
+        given = {**dict(zip(self._forward_names, args, strict=False)), **kwargs}
+        uncached = getattr(self.config, "use_cache", None) is False and "use_cache" in self._forward_names
+        if uncached and "use_cache" not in given:
+            # Trainer turns the cache off in self.config, which the base, having its own, does not see. With a cache,
+            # transformers takes packed sequences for one.
+            kwargs["use_cache"] = False
         with recording() as record:
             output = self.get_base_model()(*args, **kwargs)
-        given = {**dict(zip(self._forward_names, args, strict=False)), **kwargs}
         if output_router_logits:
             return _with_aux_loss(output, self._aux_loss(record.routing, given))
         coefficient = self.adafuse_config.aux_loss_coef
@@ -179,12 +184,10 @@ class AdaFuseModel(PeftSurface):
         grad: the gradients instead (zeros where there is none). state_dict: taken from there.
         """
         if state_dict is None:
-            names = self._adapter_names()
-            state_dict = {n: p.detach() for n, p in self.named_parameters() if n in names}
+            state_dict = self._adapter_parameters()
             if grad:
-                state_dict = {
-                    n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.named_parameters() if n in names
-                }
+                state_dict = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in state_dict.items()}
+            state_dict = {name: tensor.detach() for name, tensor in state_dict.items()}
         tensors = {"router.weight": state_dict["router.weight"]}
         if self.router.hidden is not None:
             tensors["router.hidden.weight"] = state_dict["router.hidden.weight"]
@@ -205,9 +208,10 @@ class AdaFuseModel(PeftSurface):
         for name, parameter in expected.items():  # views of the parameters
             parameter.copy_(tensors[name])
 
-    def _adapter_names(self):
+    def _adapter_parameters(self):
         names = {f"router.{name}" for name, _ in self.router.named_parameters()}
-        return names | {f"{_bank_name(path)}.{which}" for path in self.banks for which in "ab"}
+        names |= {f"{_bank_name(path)}.{which}" for path in self.banks for which in "ab"}
+        return {name: parameter for name, parameter in self.named_parameters() if name in names}
 
     def _fingerprint(self):
         base = self.get_base_model()

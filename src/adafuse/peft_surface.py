@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
 
 ADAPTER_NAME = "default"  # PEFT's name for the one adapter a model has
+REFERENCE_NAME = "ref"  # TRL's name for the frozen copy that a policy is compared with
 ONE_ADAPTER = (
     "a model has one dynamic adapter; its experts are the adapters (num_experts, or import_loras for trained LoRAs)"
 )
@@ -35,11 +37,34 @@ class PeftSurface(PeftModel):
 
     @property
     def active_adapters(self) -> list[str]:
-        return [ADAPTER_NAME]
+        return [self.active_adapter]
+
+    @torch.no_grad()
+    def add_adapter(self, adapter_name, peft_config=None, **_):
+        """Keep a frozen copy of this adapter as it is now, called "ref": the reference of TRL's DPO and GRPO. No other name."""
+        if adapter_name != REFERENCE_NAME:
+            raise ValueError(
+                f"add_adapter({adapter_name!r}): {ONE_ADAPTER}; only a frozen copy, {REFERENCE_NAME!r}, can be"
+            )
+        self._reference = {name: parameter.detach().clone() for name, parameter in self._adapter_parameters().items()}
+        self.peft_config[REFERENCE_NAME] = self.peft_config[ADAPTER_NAME]
 
     def set_adapter(self, adapter_name, inference_mode=False):
-        """There is one adapter, always active: any other name is refused."""
-        check_name(adapter_name)
+        """Compute with "default", or with the copy "ref" that add_adapter kept (for passes without gradients)."""
+        if adapter_name not in self.peft_config:
+            check_name(adapter_name)
+        if adapter_name == self.active_adapter:
+            return
+        # Swapped, not copied: a graph that was built before finds its own numbers when they are back.
+        for name, parameter in self._adapter_parameters().items():
+            parameter.data, self._reference[name] = self._reference[name].to(parameter), parameter.data
+        self.active_adapter = adapter_name
+
+    def _replicate_for_data_parallel(self):
+        raise ValueError(
+            "nn.DataParallel is not supported; for several GPUs start one process for each (torchrun), else show the process one "
+            "(CUDA_VISIBLE_DEVICES=0)"
+        )
 
     def create_or_update_model_card(self, output_dir):
         """A README.md that says what the folder is; one that is there already is left alone."""
@@ -88,7 +113,7 @@ def _refusal(name, why):
 
 
 REFUSED = {
-    ONE_ADAPTER: ("add_adapter", "delete_adapter", "add_weighted_adapter", "set_requires_grad"),
+    ONE_ADAPTER: ("delete_adapter", "add_weighted_adapter", "set_requires_grad"),
     NO_MERGE: ("merge_and_unload", "merge_adapter", "unmerge_adapter", "unload"),
     OWN_TUNERS: (
         "get_layer_status",

@@ -4,8 +4,8 @@ Every answer is computed: by integer arithmetic, by evaluating the expression, b
 
 - arithmetic: whole sentence templates, and number combinations: a test item's (operation, numbers) is in no training
   item, in either order of the numbers, and its template is used by no training item.
-- python: test words occur in no training expression; numbers of a test expression are in no training expression of its kind.
-- conversion: (unit, unit, amount), in both directions; the pair of units is known from training, the amount with it is not.
+- python: the words of test expressions occur in no training expression, their numbers not together in one of the same kind.
+- conversion: (unit, unit, amount), in both directions; training converts the same units, but not that amount of them.
 
 Made so that an echo of the prompt never contains the answer, which scoring could not tell from knowing it.
 """
@@ -17,9 +17,28 @@ from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement, cycle, islice, permutations, product
 
 DOMAINS = ("arithmetic", "python", "conversion")
-INSTRUCTION = " Answer with the result only."
+INSTRUCTIONS = {
+    "arithmetic": " Write the calculation and its result.",  # a model of this size cannot do both at once in its head
+    "python": " Answer with the result only.",
+    "conversion": " Answer with the result only.",
+}
 
-NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo", "Mia", "Noah")
+NAMES = (
+    "Anna",
+    "Ben",
+    "Carla",
+    "David",
+    "Emma",
+    "Felix",
+    "Grace",
+    "Henry",
+    "Iris",
+    "Jack",
+    "Kate",
+    "Leo",
+    "Mia",
+    "Noah",
+)
 THINGS = ("apples", "coins", "stamps", "pencils", "books", "marbles", "cards", "shells", "buttons", "stickers", "eggs")
 TEMPLATES = {
     "add": (
@@ -47,8 +66,10 @@ TEMPLATES = {
         "One pack has {a} {things}. How many {things} do {b} packs have?",
     ),
 }
+SIGN = {"add": "+", "sub": "-", "mul": "*"}
 RESULT = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b}
 HELD_OUT_TEMPLATES = 2  # the last ones of each operation
+SIGN = {"add": "+", "sub": "-", "mul": "*"}
 RESULT = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b}
 
 WORDS = tuple(
@@ -108,11 +129,15 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Item:
-    """One question. key: what is held out, (kind, *operands): equal keys have equal answers."""
+    """One question. answer: what is right. solution: what training teaches to say, which ends in the answer.
+
+    key: what is held out, (kind, *operands): equal keys have equal answers.
+    """
 
     domain: str
     prompt: str
     answer: str
+    solution: str
     key: tuple
 
 
@@ -126,7 +151,7 @@ def make_tasks(seed: int, train_per_domain: int, test_per_domain: int) -> tuple[
         # A generator a domain, seeded by text: domains do not shift each other, and seeds are not neighbours.
         parts = make(random.Random(f"{seed} {domain}"), train_per_domain, test_per_domain)
         for items, part in zip((train, test), parts, strict=True):
-            items += [Item(domain, prompt + INSTRUCTION, answer, key) for prompt, answer, key in part]
+            items += [Item(domain, prompt + INSTRUCTIONS[domain], *rest) for prompt, *rest in part]
     return train, test
 
 
@@ -146,16 +171,16 @@ def _shuffled(rng, pools):
     return pools
 
 
-# --- the domains: (training, test) as lists of (prompt, answer, key); tests are dealt first, from full pools -----------
+# --- the domains: (training, test) as lists of (prompt, answer, solution, key); tests are dealt first, from full pools ---
 
 
 def _arithmetic(rng, train_count, test_count):
     pools = {
-        "add": list(combinations_with_replacement(range(2, 31), 2)),
-        "sub": [(a, b) for a in range(5, 41) for b in range(2, a - 1) if a != 2 * b],  # else b is the answer
+        "add": list(combinations_with_replacement(range(2, 21), 2)),
+        "sub": [(a, b) for a in range(5, 21) for b in range(2, a - 1) if a != 2 * b],  # else b is the answer
         "mul": [(a, b) for a in range(2, 10) for b in range(a, 16)],
     }
-    turns = ("add", "sub", "add", "sub", "mul")  # products are few
+    turns = ("add", "mul", "add", "mul", "sub")
     _shuffled(rng, pools)
     test = [_word_problem(rng, *dealt, slice(-HELD_OUT_TEMPLATES, None)) for dealt in _deal(pools, turns, test_count)]
     train = [_word_problem(rng, *dealt, slice(-HELD_OUT_TEMPLATES)) for dealt in _deal(pools, turns, train_count)]
@@ -168,7 +193,8 @@ def _word_problem(rng, kind, operands, templates):
         a, b = b, a
     template = rng.choice(TEMPLATES[kind][templates])
     prompt = template.format(name=rng.choice(NAMES), things=rng.choice(THINGS), a=a, b=b)
-    return prompt, str(RESULT[kind](*operands)), (kind, *operands)
+    answer = str(RESULT[kind](a, b))
+    return prompt, answer, f"{a} {SIGN[kind]} {b} = {answer}", (kind, *operands)
 
 
 def _python(rng, train_count, test_count):
@@ -215,8 +241,8 @@ def _expression(rng, kind, operands):
     else:
         written = operands
     expression = EXPRESSIONS[kind](*written)
-    value = eval(expression, {})  # written by this module, from its own words and numbers
-    return f"What does this Python expression return? {expression}", str(value), (kind, *operands)
+    value = str(eval(expression, {}))  # written by this module, from its own words and numbers
+    return f"What does this Python expression return? {expression}", value, value, (kind, *operands)
 
 
 def _conversion(rng, train_count, test_count):
@@ -232,8 +258,8 @@ def _conversion(rng, train_count, test_count):
 def _question(rng, kind, operands):
     large, small, factor, amount = operands
     down = rng.random() < 0.5
-    source, target, given, answer = (
+    source, target, given, result = (
         (large, small, amount, amount * factor) if down else (small, large, amount * factor, amount)
     )
     prompt = rng.choice(QUESTIONS).format(n=given, source=source, target=target)
-    return prompt, str(answer), (kind, source, target, given)
+    return prompt, str(result), str(result), (kind, source, target, given)

