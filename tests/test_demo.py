@@ -22,17 +22,18 @@ from adafuse.demo import run, smollm2
 from adafuse.demo.folder import check_out
 from adafuse.demo.run import DemoSettings, check_gain, check_reload, run_demo
 from adafuse.demo.scoring import Accuracy, accuracy, answers, contains_answer
-from adafuse.demo.tasks import DOMAINS, INSTRUCTION, NAMES, THINGS, Item, make_tasks
+from adafuse.demo.tasks import DOMAINS, INSTRUCTIONS, NAMES, THINGS, Item, make_tasks
 from adafuse.demo.timing import decode_ms
 
 # --- tasks --------------------------------------------------------------------------------------------------------------
 
+TRAIN, TEST = DemoSettings().train_per_domain, DemoSettings().test_per_domain
 SEEDS = pytest.mark.parametrize("seed", range(4))
-PYTHON = re.compile(r"What does this Python expression return\? (.*)" + re.escape(INSTRUCTION))
+PYTHON = re.compile(r"What does this Python expression return\? (.*)" + re.escape(INSTRUCTIONS["python"]))
 
 
-def both(seed, train_count=200):
-    train, test = make_tasks(seed, train_count, 40)
+def both(seed, train_count=TRAIN):
+    train, test = make_tasks(seed, train_count, TEST)
     return train + test
 
 
@@ -42,13 +43,13 @@ def parts(items, domain):
 
 @SEEDS
 def test_sizes_order_and_that_all_items_differ(seed):
-    train, test = make_tasks(seed, 200, 40)
-    assert [item.domain for item in train] == [d for d in DOMAINS for _ in range(200)]
-    assert [item.domain for item in test] == [d for d in DOMAINS for _ in range(40)]
+    train, test = make_tasks(seed, TRAIN, TEST)
+    assert [item.domain for item in train] == [d for d in DOMAINS for _ in range(TRAIN)]
+    assert [item.domain for item in test] == [d for d in DOMAINS for _ in range(TEST)]
     for domain in DOMAINS:
         prompts = [item.prompt for item in parts(train + test, domain)]
         assert len(set(prompts)) == len(prompts)
-    assert all(item.prompt.endswith(INSTRUCTION) for item in train + test)
+    assert all(item.prompt.endswith(INSTRUCTIONS[item.domain]) for item in train + test)
 
 
 @given(st.integers(0, 2**32))
@@ -71,6 +72,9 @@ def test_word_problems_are_right(seed):
         want = max(a, b) - min(a, b) if subtract else a * b if multiply else a + b
         assert item.answer == str(want), item
         assert int(item.answer) > 0
+        x, sign, y, result = re.fullmatch(r"(\d+) ([-+*]) (\d+) = (\d+)", item.solution).groups()
+        assert sorted((int(x), int(y))) == sorted((a, b)), item
+        assert eval(f"{x} {sign} {y}") == want == int(result), item
 
 
 @SEEDS
@@ -98,9 +102,9 @@ IN_BASE_UNITS = {  # written down apart from the tasks: unit -> (quantity, size)
 def conversion_of(prompt):
     """(amount, from, to) by the three ways of asking."""
     for pattern in (r"Convert (\d+) (.*) to (.*)\.", r"Express (\d+) (.*) in (.*)\."):
-        if found := re.fullmatch(pattern + re.escape(INSTRUCTION), prompt):
+        if found := re.fullmatch(pattern + re.escape(INSTRUCTIONS["conversion"]), prompt):
             return int(found[1]), found[2], found[3]
-    found = re.fullmatch(r"How many (.*) are (\d+) (.*)\?" + re.escape(INSTRUCTION), prompt)
+    found = re.fullmatch(r"How many (.*) are (\d+) (.*)\?" + re.escape(INSTRUCTIONS["conversion"]), prompt)
     return int(found[2]), found[3], found[1]
 
 
@@ -114,8 +118,19 @@ def test_conversions_are_right(seed):
 
 
 @SEEDS
+def test_a_right_solution_is_scored_as_right(seed):
+    for item in both(seed):
+        assert contains_answer(item.solution, item.answer), item
+        if item.domain == "python":
+            assert item.solution == item.answer
+        else:
+            calculation, result = item.solution.split(" = ")
+            assert eval(calculation) == int(result) == int(item.answer), item
+
+
+@SEEDS
 def test_word_problems_are_held_out_by_numbers_and_by_template(seed):
-    train, test = (parts(items, "arithmetic") for items in make_tasks(seed, 200, 40))
+    train, test = (parts(items, "arithmetic") for items in make_tasks(seed, TRAIN, TEST))
 
     def numbers(item):
         return item.key[0], frozenset(re.findall(r"\d+", item.prompt))
@@ -130,7 +145,7 @@ def test_word_problems_are_held_out_by_numbers_and_by_template(seed):
 
 @SEEDS
 def test_expressions_are_held_out_by_words_and_by_numbers(seed):
-    train, test = (parts(items, "python") for items in make_tasks(seed, 200, 40))
+    train, test = (parts(items, "python") for items in make_tasks(seed, TRAIN, TEST))
 
     def words(items):
         return {word for item in items for text in re.findall(r"'([a-z ]+)'", item.prompt) for word in text.split()}
@@ -149,7 +164,7 @@ def test_expressions_are_held_out_by_words_and_by_numbers(seed):
 
 @SEEDS
 def test_conversions_are_held_out_in_both_directions(seed):
-    train, test = (parts(items, "conversion") for items in make_tasks(seed, 200, 40))
+    train, test = (parts(items, "conversion") for items in make_tasks(seed, TRAIN, TEST))
 
     def equation(item):
         amount, source, target = conversion_of(item.prompt)
@@ -218,7 +233,7 @@ def test_wrong(text, answer):
 
 
 def test_accuracy_counts_by_domain():
-    items = [Item("b", "?", "1", ()), Item("a", "?", "2", ()), Item("b", "?", "3", ())]
+    items = [Item("b", "?", "1", "1", ()), Item("a", "?", "2", "2", ()), Item("b", "?", "3", "3", ())]
     got = accuracy(items, ["1", "0", "4"])
     assert got == {"b": Accuracy(1, 2), "a": Accuracy(0, 1)}
     assert list(got) == ["b", "a"]
@@ -322,7 +337,11 @@ LEARNABLE = {"arithmetic": "7", "python": "cat", "conversion": "30"}
 def easy_tasks(seed, train_count, test_count):
     """Questions whose answer depends on the domain alone: a tiny random model learns that."""
     made = [
-        [Item(d, f"{d} {part} {n}?", answer, (d, part, n)) for d, answer in LEARNABLE.items() for n in range(count)]
+        [
+            Item(d, f"{d} {part} {n}?", answer, answer, (d, part, n))
+            for d, answer in LEARNABLE.items()
+            for n in range(count)
+        ]
         for part, count in (("train", train_count), ("test", test_count))
     ]
     return made[0], made[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -42,19 +41,13 @@ def load_base(path, *, dtype: str = "auto", device: str = "auto", quantize: str 
 
 
 def load_adapted(adapter, base=None, **options):
-    """(AdaFuseModel, tokenizer) of an adapter folder; its base is `base`, or the one its config names."""
+    """(AdaFuseModel, tokenizer) of an adapter folder or hub repository; its base is `base`, or the one its config names."""
     if base is None:
-        base = checkpoint.read_description(_folder(adapter))["base_model_name_or_path"]
+        base = checkpoint.read_description(checkpoint.locate(adapter))["base_model_name_or_path"]
         if not base:
             raise ValueError(f"{adapter} does not name its base model; pass --base")
     model, tokenizer = load_base(base, **options)
     return AdaFuseModel.from_pretrained(model, adapter), tokenizer
-
-
-def _folder(adapter):
-    if not Path(adapter).is_dir():
-        raise ValueError(f"{adapter} is not a folder; for an adapter on the hub pass --base too")
-    return adapter
 
 
 def _own_device():

@@ -29,19 +29,24 @@ Quantize = Annotated[str | None, typer.Option(help="4bit (NF4) or 8bit base, by 
 Chat = Annotated[bool, typer.Option("--chat", help="Put prompts into the tokenizer's chat template.")]
 
 
-@app.callback()
-def _quiet(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and stop.")] = False,
-):
-    if version:
+def _print_version(asked: bool):
+    if asked:
         from adafuse import __version__
 
         typer.echo(f"adafuse {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _quiet(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+):
     # Libraries' notices about themselves would bury what a command says.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    for name in ("torchao", "transformers", "bitsandbytes"):
+    for name in ("torchao", "torch.utils._pytree", "transformers", "bitsandbytes", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -116,22 +116,23 @@ def encode(examples, tokenizer, max_length: int | None, chat: bool = False) -> E
 
 
 def prompt_ids(tokenizer, prompt: str, chat: bool = False) -> list[int]:
-    """Token ids of a prompt: the tokenizer's BOS if it adds one, then the text; never an EOS.
+    """Token ids of a prompt: the tokenizer's BOS if it adds one, then the text; no EOS that it adds.
 
     An empty prompt becomes the BOS token, or the EOS token of a tokenizer that adds none, as in lm-eval. chat: the prompt is the
     user's turn, followed by the head of the assistant's.
     """
     if chat:
         return _template(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
-    ids = tokenizer(prompt).input_ids
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+    encoding = tokenizer(prompt, return_special_tokens_mask=True)
+    ids, added = encoding.input_ids, encoding.special_tokens_mask
+    if len(ids) > 1 and added[-1]:  # some tokenizers end every text
         ids = ids[:-1]
     if ids:
         return ids
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
         raise ValueError(
-            "a prompt is empty and the tokenizer has neither BOS nor EOS to start from; give every item a prompt"
+            "a prompt is empty and the tokenizer has neither BOS nor EOS to start from; prompts need a text here"
         )
     return [start]
 

@@ -145,7 +145,7 @@ def _measure(model, tokenizer, items, settings, console, when):
 
 
 def _train(model, tokenizer, items, seed, settings, console):
-    examples = [Example(number, item.prompt, item.answer) for number, item in enumerate(items, start=1)]
+    examples = [Example(number, item.prompt, item.solution) for number, item in enumerate(items, start=1)]
     rows = encode(examples, tokenizer, None, chat=True).rows
     trained, total = model.get_nb_trainable_parameters()
     config = settings.config
@@ -165,7 +165,7 @@ def _train(model, tokenizer, items, seed, settings, console):
 def _logits(model, tokenizer, items):
     """[tokens, vocabulary] fp32 on the CPU: one held-out question of each domain, with its answer."""
     firsts = {item.domain: item for item in reversed(items)}.values()
-    rows = encode([Example(0, item.prompt, item.answer) for item in firsts], tokenizer, None, chat=True)
+    rows = encode([Example(0, item.prompt, item.solution) for item in firsts], tokenizer, None, chat=True)
     model.eval()
     inputs = [torch.tensor([row["input_ids"]], device=model.device) for row in rows.rows]
     return torch.cat([model(input_ids=ids).logits[0].float().cpu() for ids in inputs])

@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement, cycle, islice, permutations, product
 
 DOMAINS = ("arithmetic", "python", "conversion")
-INSTRUCTIONS = {
-    "arithmetic": " Write the calculation and its result.",  # a model of this size cannot do both at once in its head
-    "python": " Answer with the result only.",
-    "conversion": " Answer with the result only.",
-}
+# A model of this size cannot set up a calculation and carry it out in one token.
+CALCULATE = " Write the calculation and its result."
+INSTRUCTIONS = {"arithmetic": CALCULATE, "python": " Answer with the result only.", "conversion": CALCULATE}
 
 NAMES = (
     "Anna",
@@ -257,9 +255,9 @@ def _conversion(rng, train_count, test_count):
 
 def _question(rng, kind, operands):
     large, small, factor, amount = operands
-    down = rng.random() < 0.5
-    source, target, given, result = (
-        (large, small, amount, amount * factor) if down else (small, large, amount * factor, amount)
-    )
+    if rng.random() < 0.5:
+        source, target, given, sign, result = large, small, amount, "*", amount * factor
+    else:
+        source, target, given, sign, result = small, large, amount * factor, "/", amount
     prompt = rng.choice(QUESTIONS).format(n=given, source=source, target=target)
-    return prompt, str(result), str(result), (kind, source, target, given)
+    return prompt, str(result), f"{given} {sign} {factor} = {result}", (kind, source, target, given)
