@@ -126,6 +126,7 @@ def test_a_right_solution_is_scored_as_right(seed):
         else:
             calculation, result = item.solution.split(" = ")
             assert eval(calculation) == int(result) == int(item.answer), item
+            assert not contains_answer(calculation, item.answer), item
 
 
 @SEEDS

@@ -7,7 +7,8 @@ Every answer is computed: by integer arithmetic, by evaluating the expression, b
 - python: the words of test expressions occur in no training expression, their numbers not together in one of the same kind.
 - conversion: (unit, unit, amount), in both directions; training converts the same units, but not that amount of them.
 
-Made so that an echo of the prompt never contains the answer, which scoring could not tell from knowing it.
+Made so that neither an echo of the prompt nor a calculation without its result contains the answer: scoring could not tell
+that from knowing it.
 """
 
 from __future__ import annotations
@@ -21,23 +22,8 @@ DOMAINS = ("arithmetic", "python", "conversion")
 CALCULATE = " Write the calculation and its result."
 INSTRUCTIONS = {"arithmetic": CALCULATE, "python": " Answer with the result only.", "conversion": CALCULATE}
 
-NAMES = (
-    "Anna",
-    "Ben",
-    "Carla",
-    "David",
-    "Emma",
-    "Felix",
-    "Grace",
-    "Henry",
-    "Iris",
-    "Jack",
-    "Kate",
-    "Leo",
-    "Mia",
-    "Noah",
-)
-THINGS = ("apples", "coins", "stamps", "pencils", "books", "marbles", "cards", "shells", "buttons", "stickers", "eggs")
+NAMES = tuple("Anna Ben Carla David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah".split())  # noqa: SIM905
+THINGS = tuple("apples coins stamps pencils books marbles cards shells buttons stickers eggs".split())  # noqa: SIM905
 TEMPLATES = {
     "add": (
         "{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?",
@@ -244,10 +230,12 @@ def _expression(rng, kind, operands):
 
 
 def _conversion(rng, train_count, test_count):
-    pools = {
-        "metric": [(*units, n) for units in FACTORS if units[2] in POWERS_OF_TEN for n in range(2, 100)],
-        "other": [(*units, n) for units in FACTORS if units[2] not in POWERS_OF_TEN for n in range(2, 16)],
-    }
+    pools = {"metric": [], "other": []}
+    for units in FACTORS:
+        metric = units[2] in POWERS_OF_TEN
+        amounts = range(2, 100 if metric else 16)
+        # An amount like the factor would make the factor, which a wrong calculation shows too, the answer.
+        pools["metric" if metric else "other"] += [(*units, n) for n in amounts if n != units[2]]
     _shuffled(rng, pools)
     test = [_question(rng, *dealt) for dealt in _deal(pools, tuple(pools), test_count)]
     return [_question(rng, *dealt) for dealt in _deal(pools, tuple(pools), train_count)], test

@@ -1,0 +1,74 @@
+"""Markdown tables made from the committed results, written between markers in the docs.
+
+python benchmarks/tables.py          # rewrite the tables
+python benchmarks/tables.py --check  # exit code 1 if one is out of date (the tests do this)
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md",)
+# <!-- table NAME GPU --> ... <!-- end -->: NAME is a result file and a key of TABLES.
+MARKED = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def train_step(rows):
+    """Step times of the mixtures and of LoRA, a line a case."""
+    names = {row["name"]: _mixture(row["case"]) for row in rows if row["vs"]}
+    lines = [f"| model | tokens a step | LoRA, r {rows[0]['case']['r']} | {' | '.join(names.values())} |"]
+    lines.append("|---|---|---|" + "---|" * len(names))
+    for lora in (row for row in rows if not row["vs"]):
+        where = ("model", "tokens", "checkpointing")
+        same = {row["name"]: row for row in rows if all(row["case"][key] == lora["case"][key] for key in where)}
+        cells = [f"{same[name]['median']:.0f} ms, {same[name]['ratio']:.2f}x" for name in names]
+        note = ", checkpointed" if lora["case"]["checkpointing"] else ""
+        lines.append(
+            f"| {lora['case']['model']}{note} | {lora['case']['tokens']} | {lora['median']:.0f} ms | {' | '.join(cells)} |"
+        )
+    return lines
+
+
+def _mixture(case):
+    return f"E {case['num_experts']}, r {case['r']}, K {case['top_k']}, {case['routing']}"
+
+
+def _source(env, path):
+    versions = f"torch {env['torch']}, transformers {env['transformers']}, peft {env['peft']}"
+    where = path.relative_to(ROOT)
+    return f"{env['gpu']}, {versions}, commit {env['git']}, {env['date']}; medians. From [{where}]({where})."
+
+
+TABLES = {"train_step": train_step}
+
+
+def fill(text):
+    """The text with each marked table made anew."""
+
+    def table(match):
+        start, name, folder, end = match.groups()
+        path = RESULTS / folder / f"{name}.json"
+        result = json.loads(path.read_text())
+        return start + "\n".join([*TABLES[name](result["rows"]), "", _source(result["env"], path)]) + "\n" + end
+
+    return MARKED.sub(table, text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a table is out of date")
+    check = parser.parse_args().check
+    stale = [path for path in DOCUMENTS if fill(path.read_text()) != path.read_text()]
+    for path in stale:
+        print(f"{path.name}: {'out of date' if check else 'rewritten'}")
+        if not check:
+            path.write_text(fill(path.read_text()))
+    sys.exit(bool(check and stale))
+
+
+if __name__ == "__main__":
+    main()
