@@ -102,7 +102,9 @@ def test_gradients_are_those_on_the_dequantised_base(kind, folder):
             plain.get_submodule(path).weight.copy_(linear(identity).T)
     wanted = AdaFuseModel(plain, CONFIG).train()
     wanted.load_adapter_tensors(tensors)
-    for each in (model, wanted):
+    with torch.no_grad():  # what an evaluation between two steps does must not change the next gradient
+        model.eval()(**collate(examples(2)))
+    for each in (model.train(), wanted):
         each(**collate(examples(4))).loss.backward()
     got, wanted = model.adapter_tensors(grad=True), wanted.adapter_tensors(grad=True)
     # bitsandbytes' 8-bit kernel rounds the activations too, so its linears are not quite linear.
@@ -176,3 +178,18 @@ def test_sft_trainer_on_a_4bit_base_in_fp32(folder, tmp_path):
     assert {gradient.dtype for gradient in trainer.gradients[0].values()} == {torch.float32}
     moments = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
     assert {state["exp_avg"].dtype for state in moments.values()} == {torch.float32}
+
+
+def test_a_base_repacked_for_inference_is_not_trained(folder):
+    """bitsandbytes does it on CPUs that have a kernel for it, in eval mode; gradients would be wrong in silence."""
+    base = quantized(folder, "bitsandbytes 4 bit")
+    with torch.no_grad():
+        base.eval()(**collate(examples(2)))
+    model = AdaFuseModel(base, CONFIG)
+    with torch.no_grad():
+        assert torch.isfinite(model(**collate(examples(2))).logits).all()
+    linear = model.get_base_model().get_submodule("model.layers.0.mlp.up_proj.base_layer")
+    if not getattr(linear.weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("this CPU has no such kernel")
+    with pytest.raises(ValueError, match="load the base again"):
+        model.train()

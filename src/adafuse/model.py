@@ -16,6 +16,7 @@ from adafuse.discover import check_causal_lm, find_blocks, find_targets
 from adafuse.experts import ExpertBank
 from adafuse.fingerprint import check_same_base, fingerprint, tensor_shapes
 from adafuse.layers import AdapterLinear, PreGate, RoutedBlock, check_blocks, recording, route_blocks, unroute_blocks
+from adafuse.packing import allow_packing, forbid_packing, refuse_packed
 from adafuse.peft_surface import ADAPTER_NAME, PeftSurface, check_name
 from adafuse.router import Router, Routing, balance_loss
 
@@ -57,6 +58,7 @@ class AdaFuseModel(PeftSurface):
         self._forward_names = [name for name in inspect.signature(type(base).forward).parameters if name != "self"]
         self._gate = PreGate(router, config, len(blocks))
         base.requires_grad_(False)
+        self._kept_unpacked = forbid_packing(base)
         for target in targets:
             base.set_submodule(
                 target.path, AdapterLinear(target.module, banks[target.path], target.path, config.lora_dropout)
@@ -116,6 +118,11 @@ class AdaFuseModel(PeftSurface):
             return torch.zeros((), device=self.router.weight.device)
         return balance_loss(routing, given.get("attention_mask"))
 
+    def train(self, mode: bool = True):
+        if mode:
+            refuse_packed(self.get_base_model())
+        return super().train(mode)
+
     def generate(self, *args, **kwargs):
         """HuggingFace's `generate` of the adapted model."""
         return self.get_base_model().generate(*args, **kwargs)
@@ -171,6 +178,7 @@ class AdaFuseModel(PeftSurface):
         base = self.get_base_model()
         _, blocks = find_blocks(base)
         unroute_blocks(blocks)
+        allow_packing(self._kept_unpacked)
         for path in self.banks:
             base.set_submodule(path, base.get_submodule(path).base_layer)
         for name, parameter in base.named_parameters():

@@ -36,7 +36,7 @@ class DemoSettings:
     config: AdaFuseConfig = field(default=AdaFuseConfig(r=4, num_experts=4, top_k=2))
     steps: int = 60
     batch_size: int = 8
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     train_per_domain: int = 160  # one epoch
     test_per_domain: int = 40
     max_new_tokens: int = 48  # the untrained model talks before it answers
