@@ -39,7 +39,7 @@ class DemoSettings:
     learning_rate: float = 1.5e-3
     train_per_domain: int = 160  # one epoch
     test_per_domain: int = 40
-    max_new_tokens: int = 48  # the untrained model talks before it answers
+    max_new_tokens: int = 64  # the untrained model talks before it answers
     timed_tokens: int = 32
     shown: tuple[str, ...] = ("arithmetic", "python")  # domains of the answers that are printed
 
@@ -66,7 +66,7 @@ def _run(out, seed, console, settings):
     model = AdaFuseModel(base, settings.config)
     _train(model, tokenizer, training, seed, settings, console)
     after = _measure(model, tokenizer, test, settings, console, "after training")
-    show_accuracy(before, after, console)
+    show_accuracy(before, after, settings.max_new_tokens, console)
     check_gain(before, after)
 
     logits = _logits(model, tokenizer, test)

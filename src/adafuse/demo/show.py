@@ -12,7 +12,7 @@ from adafuse.demo.scoring import Accuracy, contains_answer
 from adafuse.generation import coloured, generate_text, legend
 
 
-def show_accuracy(before: dict[str, Accuracy], after: dict[str, Accuracy], console):
+def show_accuracy(before: dict[str, Accuracy], after: dict[str, Accuracy], max_new_tokens: int, console):
     """A table of both, by domain, each with its standard error."""
     count = min(each.total for each in before.values())
     table = Table(title=f"Right answers to {count} held-out questions a domain", title_justify="left")
@@ -23,7 +23,10 @@ def show_accuracy(before: dict[str, Accuracy], after: dict[str, Accuracy], conso
         gain = 100 * (after[domain].share - before[domain].share)
         table.add_row(domain, _percent(before[domain]), _percent(after[domain]), f"{gain:+.0f} points")
     console.print(table)
-    console.print("± one standard error. An answer counts as right wherever it stands in the text, before and after.")
+    console.print(
+        f"± one standard error. Right: the result stands anywhere in the answer, of {max_new_tokens} tokens at most, before and "
+        "after alike."
+    )
 
 
 def _percent(result):
@@ -31,13 +34,13 @@ def _percent(result):
 
 
 def show_answers(model, tokenizer, items, domains, max_new_tokens, console):
-    """The longest answer of each of `domains`: question and answer, coloured by first expert.
+    """The first question of each of `domains` and its answer, coloured by first expert.
 
     SmolLM2's router sees the token alone, so that a text routes the same inside the chat template and outside.
     """
     console.print()
     for domain in domains:
-        item = max((i for i in items if i.domain == domain), key=lambda i: len(i.answer))
+        item = next(i for i in items if i.domain == domain)
         new = generate_text(model, tokenizer, item.prompt, max_new_tokens=max_new_tokens, chat=True)
         said = coloured(model, tokenizer, new)
         verdict = "right" if contains_answer(said.plain, item.answer) else f"wrong, it is {item.answer}"

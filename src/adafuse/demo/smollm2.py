@@ -6,7 +6,9 @@ transformers reads GGUF, but slowly and into a model that cannot be saved: the f
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
@@ -77,7 +79,8 @@ def _save_as_huggingface(gguf, folder):
 
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers draws a bar that it has no switch for
+        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     config = loaded.config
     # What was read is plain fp32, yet marked as quantised, and save_pretrained refuses that: hence the second model.
     del config.quantization_config
