@@ -516,3 +516,53 @@ def test_load_adapter_refuses_bad_weights_and_other_names(folder):
     with pytest.raises(ValueError, match="NaN"):
         model.load_adapter(folder, "default")
     assert differences(before, snapshot(model)) == []
+
+
+def test_options_that_mean_nothing_are_refused_not_swallowed(folder, tmp_path):
+    base = family("llama").build()
+    with pytest.raises(ValueError, match=r"unknown option.s. is_trainble"):
+        AdaFuseModel.from_pretrained(base, folder, is_trainble=True)
+    with pytest.raises(ValueError, match="adapter 'other'"):
+        AdaFuseModel.from_pretrained(base, folder, adapter_name="other")
+    with pytest.raises(ValueError, match="dtpye"):
+        adapted().save_pretrained(tmp_path / "new", dtpye=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"call model.push_to_hub"):
+        adapted().save_pretrained(tmp_path / "new", push_to_hub=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_subfolder_is_read(folder):
+    model = AdaFuseModel.from_pretrained(family("llama").build(), folder.parent, subfolder=folder.name)
+    assert torch.equal(logits(model), logits(adapted()))
+
+
+def test_the_reference_copy_is_never_saved_in_place_of_the_adapter(folder, tmp_path):
+    model = adapted()
+    model.add_adapter("ref")
+    model.set_adapter("ref")
+    for act in (
+        lambda: model.save_pretrained(tmp_path / "new"),
+        lambda: model.load_adapter(folder, "default"),
+        lambda: model.add_adapter("ref"),
+    ):
+        with pytest.raises(ValueError, match=r"set_adapter\('default'\) first"):
+            act()
+    model.set_adapter(["default"])
+    model.save_pretrained(tmp_path / "new")
+
+
+def test_an_adapter_loaded_to_train_trains(folder):
+    model = AdaFuseModel.from_pretrained(family("llama").build(), folder)
+    assert model.get_nb_trainable_parameters()[0] == 0
+    model.load_adapter(folder, "default", is_trainable=True)
+    assert model.get_nb_trainable_parameters()[0] > 0
+
+
+def test_saving_what_is_not_there(tmp_path):
+    model = adapted()
+    with pytest.raises(ValueError, match="the state_dict lacks 29 parameter"):
+        model.save_pretrained(tmp_path / "new", state_dict={"something": torch.ones(1)})
+    model.detach()
+    with pytest.raises(RuntimeError, match="detached"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()

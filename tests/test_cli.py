@@ -107,6 +107,9 @@ def test_a_failure_is_one_line_and_exit_code_1(adafuse, base, trained, tmp_path)
         "already holds an adapter": ["train", "--base", base, "--data", good, "--out", trained],
         "not a file": ["inspect", "--adapter", trained, "--text", tmp_path / "no.txt", "--out", tmp_path / "new.html"],
         "dtype='int3' is unknown": ["generate", "--adapter", trained, "--prompt", "a", "--dtype", "int3"],
+        "device='tpu9' cannot be used here": ["generate", "--adapter", trained, "--prompt", "a", "--device", "tpu9"],
+        "out of memory": [*train, "--data", good, "--r", 10**9],
+        "epochs=inf is not a finite number": [*train, "--data", good, "--epochs", "inf"],
         "missing choices": ["eval", "--adapter", trained, "--data", good],
         "is not here": ["bench", "nothing"],
     }

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from adafuse import AdaFuseConfig, AdaFuseModel
+from adafuse.router import balance_loss
 
 COEF = 0.25
 
@@ -441,3 +442,21 @@ def test_disable_adapter_has_no_balance_loss():
     given = {"input_ids": batch(), "labels": batch()}
     with model.disable_adapter():
         assert torch.equal(model(**given).loss, family("llama").build()(**given).loss)
+
+
+def test_training_without_labels_says_that_nothing_balances():
+    model = attached().train()
+    with pytest.warns(UserWarning, match="no labels, so the balance loss is not part"):
+        model(input_ids=batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=batch(), labels=batch())
+        model(input_ids=batch(), output_router_logits=True)
+        model.eval()(input_ids=batch())
+
+
+def test_a_mask_of_document_numbers_counts_each_token_once():
+    model = attached()
+    mask = torch.tensor([[0, 1, 1, 2, 2, 3, 3], [1, 1, 1, 1, 2, 2, 0]])
+    routing = model.route(batch())
+    assert torch.equal(balance_loss(routing, mask), balance_loss(routing, mask.clamp(max=1)))

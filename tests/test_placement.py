@@ -107,3 +107,47 @@ def test_torch_compile_gives_the_same_logits(ids):
     compiled = torch.compile(model, backend="aot_eager")
     for _ in range(2):
         torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_forward_within_a_forward_keeps_both_routings(ids):
+    model = with_experts(llama())
+    expected, inner, running = model(ids).logits, [], []
+
+    def hook(*_):
+        if not running:
+            running.append(True)
+            inner.append(model(ids.flip(1)).logits)
+
+    handle = model.get_base_model().model.layers[0].register_forward_hook(hook)
+    assert torch.equal(model(ids).logits, expected)
+    handle.remove()
+    assert torch.equal(inner[0], model(ids.flip(1)).logits)
+
+
+def test_weights_written_past_autograd_are_used_after_a_change_of_mode(ids):
+    """As averages of weights are swapped in for an evaluation: p.data.copy_ leaves no trace that a cache could see."""
+    model = with_experts(llama().bfloat16())
+    with torch.no_grad():
+        before = model(ids).logits
+        for bank in model.banks.values():
+            bank.b.data.zero_()
+        model.eval()
+        assert torch.equal(model(ids).logits, llama().bfloat16()(ids).logits)
+        assert not torch.equal(before, model(ids).logits)
+
+
+def test_router_trains_after_a_forward_in_inference_mode(ids):
+    model = with_experts(llama().bfloat16())
+    model.set_trainable("router")
+    with torch.inference_mode():
+        model(ids)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert model.router.weight.grad.any()
+    with torch.inference_mode(), pytest.raises(ValueError, match="attach it outside"):
+        AdaFuseModel(llama(), CONFIG)
+
+
+def test_the_config_follows_resized_embeddings():
+    model = with_experts(llama())
+    model.resize_token_embeddings(120)
+    assert model.config.vocab_size == model.get_base_model().config.vocab_size == 120

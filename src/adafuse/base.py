@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from safetensors import SafetensorError
 
 from adafuse import checkpoint
 from adafuse.model import AdaFuseModel
@@ -22,6 +23,7 @@ def load_base(path, *, dtype: str = "auto", device: str = "auto", quantize: str 
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    device = _own_device() if device == "auto" else _checked(device)
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown; allowed: {', '.join(DTYPES)}")
     try:
@@ -29,11 +31,11 @@ def load_base(path, *, dtype: str = "auto", device: str = "auto", quantize: str 
         model = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES[dtype],
-            device_map={"": _own_device() if device == "auto" else device},
+            device_map={"": device},
             quantization_config=_quantization(quantize),
         )
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be loaded as a HuggingFace causal LM: {_first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: padding is told by its position, never by its id
@@ -48,6 +50,15 @@ def load_adapted(adapter, base=None, **options):
             raise ValueError(f"{adapter} does not name its base model; pass --base")
     model, tokenizer = load_base(base, **options)
     return AdaFuseModel.from_pretrained(model, adapter), tokenizer
+
+
+def _checked(device):
+    """`device`, if this machine has it."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown to torch; known, but not in this build or machine
+        raise ValueError(f"device={device!r} cannot be used here: {_first_line(error)}") from error
+    return device
 
 
 def _own_device():

@@ -6,6 +6,7 @@ everything before a model is touched. Never pickle. Knows tensors and dicts, not
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -82,15 +83,24 @@ def _flush(path):
         os.close(handle)
 
 
-def locate(model_id, **hub) -> Path:
-    """The local folder of an adapter: `model_id` itself, or a snapshot of that hub repository (hub: revision, token, ...)."""
-    if Path(model_id).exists():
-        return Path(model_id)
+def locate(model_id, subfolder: str = "", **hub) -> Path:
+    """The local folder of an adapter: `model_id` itself, or a snapshot of that hub repository; subfolder: within it.
+
+    hub: revision, token, cache_dir, ... as huggingface_hub's snapshot_download takes them.
+    """
     from huggingface_hub import snapshot_download
+
+    if unknown := sorted(set(hub) - set(inspect.signature(snapshot_download).parameters)):
+        raise ValueError(
+            f"unknown option(s) {', '.join(unknown)}; allowed beside is_trainable: subfolder, revision, token, ..."
+        )
+    if Path(model_id).exists():
+        return Path(model_id) / subfolder
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(str(model_id), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **hub))
+        files = [f"{subfolder}/{name}".lstrip("/") for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        return Path(snapshot_download(str(model_id), allow_patterns=files, **hub)) / subfolder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ValueError(
             f"{model_id} is neither a folder here nor an adapter that could be fetched from the hub: {error}"

@@ -264,6 +264,15 @@ def main():
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        # torch says so in two ways, on a GPU and on a CPU; what else is a RuntimeError is a fault of ours, to be seen in full.
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        print(
+            "error: out of memory; try a smaller --batch-size, --r or --num-experts, or --quantize 4bit",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 if __name__ == "__main__":

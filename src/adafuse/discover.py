@@ -30,6 +30,11 @@ def check_causal_lm(base):
             "AutoModelForCausalLM.from_pretrained(...)"
         )
     name, model_type = type(base).__name__, base.config.model_type
+    if layerdrop := getattr(base.config.get_text_config(decoder=True), "layerdrop", 0.0):
+        raise ValueError(
+            f"{name} ({model_type}) skips blocks at random in training (layerdrop={layerdrop}), block 0 too, where tokens are routed; "
+            "load it with layerdrop=0.0"
+        )
     if base.config.is_encoder_decoder:
         raise ValueError(f"{name} ({model_type}) is an encoder-decoder model; adafuse adapts decoder-only causal LMs")
     if base.get_output_embeddings() is None or not base.can_generate():
@@ -72,12 +77,22 @@ def find_targets(base, config) -> list[Target]:
     ]
     _refuse_shared_modules(linears)
     _warn_of_stacked_experts(blocks)
+    bypassed = {target.path: why for target in linears if (why := _bypass(base, target.path))}
     if config.target_modules == ALL_LINEAR:
+        linears = [target for target in linears if target.path not in bypassed]
         if not linears:
             raise ValueError(f"the blocks of {type(base).__name__} ({path}) contain no linear to adapt")
+        if bypassed:
+            first, why = next(iter(bypassed.items()))
+            warnings.warn(f"{len(bypassed)} linear(s) are not adapted ({first}, ...): {why}", stacklevel=2)
         return linears
     names = config.target_modules
     _check_names(base, names, linears, path)
+    for name in names:
+        if refused := next((path for path in bypassed if _ends_with(path, name)), None):
+            raise ValueError(
+                f"target_modules: {name!r} matches {refused}, which cannot be adapted: {bypassed[refused]}"
+            )
     return [target for target in linears if any(_ends_with(target.path, name) for name in names)]
 
 
@@ -85,8 +100,23 @@ def linear_features(module) -> tuple[int, int] | None:
     """(in, out) features of a linear, plain or quantised or GPT-2's Conv1D; None for any other module."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
+    cls = type(module)
+    # A family's own subclass with a forward of its own may be a router or a grouped product; Falcon's is y = W x.
+    if cls.__module__.startswith("transformers.models.") and cls.__name__ != "FalconLinear" and "forward" in vars(cls):
+        return None
     features = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return features if all(isinstance(number, int) for number in features) else None
+
+
+def _bypass(base, path) -> str | None:
+    """Why the linear at `path` does not compute y = W x on its block's tokens, if that is so."""
+    parent = base.get_submodule(path.rpartition(".")[0])
+    if hasattr(parent, "A_log"):
+        return "state-space mixers read the weights of their linears directly, past any adapter"
+    name = path.rpartition(".")[2]
+    if name.startswith("kv_b_proj") and any(child.startswith("kv_a_proj") for child, _ in parent.named_children()):
+        return "latent attention applies it to all cached tokens, whose routing is gone"
+    return None
 
 
 def _ends_with(path, name):

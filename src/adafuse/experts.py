@@ -63,16 +63,26 @@ class ExpertBank(nn.Module):
     # --- what the layers compute with ------------------------------------------------------------------------------
 
     def matrices(self, dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """a and b in `dtype`. In training a cast that gradients flow through; otherwise one kept until the weights change."""
+        """a and b in `dtype`. In training a cast that gradients flow through; otherwise one kept until the weights change.
+
+        A write through `.data` shows in nothing that could be checked: call `drop_pack` after one (train(), eval() and generate()
+        of the model do).
+        """
         if self.a.dtype == dtype:
             return self.a, self.b
         if torch.is_grad_enabled() and (self.a.requires_grad or self.b.requires_grad):
-            self._pack = None
+            self.drop_pack()
             return self.a.to(dtype), self.b.to(dtype)
         key = (dtype, *((p.data_ptr(), p._version, p.device) for p in (self.a, self.b)))
         if self._pack is None or self._pack[0] != key:
-            self._pack = (key, self.a.detach().to(dtype), self.b.detach().to(dtype))
+            # Outside inference_mode: its tensors could not take part in a later backward pass of the router.
+            with torch.inference_mode(False), torch.no_grad():
+                self._pack = (key, self.a.to(dtype), self.b.to(dtype))
         return self._pack[1:]
+
+    def drop_pack(self):
+        """Forget the copy for inference; the next forward without gradients makes it anew."""
+        self._pack = None
 
     def num_bytes(self) -> int:
         """Bytes held: the trained parameters, and the copy packed for inference if there is one."""

@@ -40,6 +40,8 @@ def recording(stop=False):
     """Keep h0 and the routing of the forward run inside; with `stop`, end that forward as soon as they are known."""
     recorder = Recorder(stop)
     token = _recorder.set(recorder)
+    # Of its own: neither what an earlier forward left behind, nor that of one within which this one runs (in a hook, say).
+    masks = _forward_masks.set(OUTSIDE)
     try:
         yield recorder
     except StopAfterRouting:
@@ -47,6 +49,7 @@ def recording(stop=False):
             raise
     finally:
         _recorder.reset(token)
+        _forward_masks.reset(masks)
 
 
 class PreGate:
@@ -65,7 +68,8 @@ class PreGate:
             raise ValueError(
                 f"block 0 was given hidden states of shape {list(h0.shape)}; routing needs [batch, seq, hidden]"
             )
-        routing = self.router(h0) if self.enabled else None
+        # A model spread over devices may have its embeddings on another one than its first block.
+        routing = self.router(h0.to(self.router.weight.device)) if self.enabled else None
         if recorder is not None:
             recorder.h0, recorder.routing = h0, routing
             if recorder.stop:
@@ -142,7 +146,8 @@ class AdapterLinear(nn.Module):
         if mask.shape[:-1].numel() != x.shape[:-1].numel():
             raise ValueError(
                 f"{self.path} was given {x.shape[:-1].numel()} tokens while the routing is of {mask.shape[:-1].numel()}: it does not "
-                "process the block's own tokens (a cross-attention or an expert of a mixture?); leave it out of target_modules"
+                "process the block's own tokens (a cross-attention, an expert of a mixture, a linear over the cache?); leave it out "
+                "of target_modules"
             )
         if self.dropout.p:
             x = self.dropout(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -54,6 +55,9 @@ class TrainSettings:
         for name, least in least_of.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; allowed: {least} or more")
+        for name in ("epochs", "learning_rate", "eval_fraction"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} is not a finite number")
         if self.steps == 0 and self.epochs <= 0:
             raise ValueError(f"epochs={self.epochs} trains nothing; give epochs > 0 or steps > 0")
         if not self.learning_rate > 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +22,18 @@ from adafuse.peft_surface import ADAPTER_NAME, PeftSurface, check_name
 from adafuse.router import Router, Routing, balance_loss
 
 EXECUTIONS = ("auto", "reference")
+# What Trainer, TRL and push_to_hub may pass, of no meaning to one adapter in one file.
+IGNORED_WHEN_SAVING = {
+    "safe_serialization",
+    "max_shard_size",
+    "selected_adapters",
+    "save_embedding_layers",
+    "push_to_hub",
+}
+NO_BALANCE = (
+    "this training forward has no labels, so the balance loss is not part of a loss; pass output_router_logits=True and add "
+    "aux_loss_coef * output.aux_loss to yours, or set aux_loss_coef=0"
+)
 
 
 class AdaFuseModel(PeftSurface):
@@ -35,6 +48,10 @@ class AdaFuseModel(PeftSurface):
 
     def __init__(self, base, config: AdaFuseConfig | None = None):
         config = AdaFuseConfig() if config is None else config
+        if not isinstance(config, AdaFuseConfig):
+            raise ValueError(f"config must be an AdaFuseConfig, got {type(config).__name__}")
+        if torch.is_inference_mode_enabled():
+            raise ValueError("an adapter attached inside torch.inference_mode() could never train; attach it outside")
         _check_unadapted(base)
         check_causal_lm(base)
         _, blocks = find_blocks(base)
@@ -108,9 +125,13 @@ class AdaFuseModel(PeftSurface):
         if output_router_logits:
             return _with_aux_loss(output, self._aux_loss(record.routing, given))
         coefficient = self.adafuse_config.aux_loss_coef
-        if self.training and coefficient and record.routing is not None and given.get("labels") is not None:
+        if not (self.training and coefficient and record.routing is not None):
+            return output
+        if given.get("labels") is not None:
             weight = coefficient * _share_of_labels(given)
             return _with_loss_added(output, weight * self._aux_loss(record.routing, given))
+        if torch.is_grad_enabled():
+            warnings.warn(NO_BALANCE, stacklevel=2)
         return output
 
     def _aux_loss(self, routing, given):
@@ -121,10 +142,16 @@ class AdaFuseModel(PeftSurface):
     def train(self, mode: bool = True):
         if mode:
             refuse_packed(self.get_base_model())
+        self._drop_packs()
         return super().train(mode)
+
+    def _drop_packs(self):
+        for bank in self.banks.values():
+            bank.drop_pack()
 
     def generate(self, *args, **kwargs):
         """HuggingFace's `generate` of the adapted model."""
+        self._drop_packs()
         return self.get_base_model().generate(*args, **kwargs)
 
     @torch.no_grad()
@@ -163,6 +190,12 @@ class AdaFuseModel(PeftSurface):
             raise RuntimeError("this adapter was detached from its base")
         return self.base_model.model
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        """The base's; `config`, a copy, follows."""
+        embeddings = self.get_base_model().resize_token_embeddings(*args, **kwargs)
+        self.config = _config_with_aux_loss(self.get_base_model().config, self.adafuse_config.aux_loss_coef)
+        return embeddings
+
     def set_trainable(self, part: str = "all"):
         """Choose what trains: "all" of the adapter, "router" (over frozen experts) or "experts" (under a frozen router)."""
         parts = {"all": (True, True), "router": (True, False), "experts": (False, True), "none": (False, False)}
@@ -191,11 +224,14 @@ class AdaFuseModel(PeftSurface):
 
         grad: the gradients instead (zeros where there is none). state_dict: taken from there.
         """
+        self.get_base_model()  # a detached adapter has no parameters left
         if state_dict is None:
             state_dict = self._adapter_parameters()
             if grad:
                 state_dict = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in state_dict.items()}
             state_dict = {name: tensor.detach() for name, tensor in state_dict.items()}
+        if absent := sorted(set(self._adapter_parameters()) - set(state_dict)):
+            raise ValueError(f"the state_dict lacks {len(absent)} parameter(s) of the adapter, first {absent[0]}")
         tensors = {"router.weight": state_dict["router.weight"]}
         if self.router.hidden is not None:
             tensors["router.hidden.weight"] = state_dict["router.hidden.weight"]
@@ -233,8 +269,13 @@ class AdaFuseModel(PeftSurface):
         dtype: of the saved weights; fp32 unless asked otherwise. state_dict: gathered by a sharded trainer, used instead of the
         parameters. is_main_process=False writes nothing.
         """
-        if kwargs.pop("safe_serialization", True) is False:
+        if kwargs.get("safe_serialization", True) is False:
             raise ValueError("safe_serialization=False would write a pickle file; adafuse writes safetensors only")
+        if kwargs.get("push_to_hub"):
+            raise ValueError("save_pretrained(push_to_hub=True) is not supported; call model.push_to_hub(repo_id)")
+        if unknown := sorted(set(kwargs) - IGNORED_WHEN_SAVING):
+            raise ValueError(f"save_pretrained: unknown option(s) {', '.join(unknown)}; allowed: state_dict, dtype")
+        self._check_default_active("save_pretrained")
         if not is_main_process:
             return
         tensors = self.adapter_tensors(state_dict=state_dict or None)
@@ -249,6 +290,7 @@ class AdaFuseModel(PeftSurface):
         For inference (frozen, in eval mode) unless is_trainable. hub: revision, token, cache_dir, ... of huggingface_hub.
         Raises ValueError, leaving the base as it was, if anything is wrong with the files or they belong to another base.
         """
+        check_name(adapter_name)
         folder = checkpoint.locate(model_id, **hub)
         description = checkpoint.read_description(folder)
         config = checkpoint.config_of(description)
@@ -267,6 +309,7 @@ class AdaFuseModel(PeftSurface):
     def load_adapter(self, model_id, adapter_name=ADAPTER_NAME, is_trainable=False, **hub):
         """Replace the weights of this adapter by those of a checkpoint with the same settings (Trainer resumes with it)."""
         check_name(adapter_name)
+        self._check_default_active("load_adapter")
         folder = checkpoint.locate(model_id, **hub)
         description = checkpoint.read_description(folder)
         check_same_base(folder, description, self._fingerprint())
@@ -280,6 +323,8 @@ class AdaFuseModel(PeftSurface):
         )
         if not is_trainable:
             self.eval()
+        elif not any(parameter.requires_grad for parameter in self._adapter_parameters().values()):
+            self.set_trainable("all")
         return nn.modules.module._IncompatibleKeys([], [])
 
 

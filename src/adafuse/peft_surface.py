@@ -46,11 +46,14 @@ class PeftSurface(PeftModel):
             raise ValueError(
                 f"add_adapter({adapter_name!r}): {ONE_ADAPTER}; only a frozen copy, {REFERENCE_NAME!r}, can be"
             )
+        self._check_default_active("add_adapter")
         self._reference = {name: parameter.detach().clone() for name, parameter in self._adapter_parameters().items()}
         self.peft_config[REFERENCE_NAME] = self.peft_config[ADAPTER_NAME]
 
     def set_adapter(self, adapter_name, inference_mode=False):
         """Compute with "default", or with the copy "ref" that add_adapter kept (for passes without gradients)."""
+        if isinstance(adapter_name, (list, tuple)) and len(adapter_name) == 1:
+            adapter_name = adapter_name[0]
         if adapter_name not in self.peft_config:
             check_name(adapter_name)
         if adapter_name == self.active_adapter:
@@ -59,6 +62,13 @@ class PeftSurface(PeftModel):
         for name, parameter in self._adapter_parameters().items():
             parameter.data, self._reference[name] = self._reference[name].to(parameter), parameter.data
         self.active_adapter = adapter_name
+
+    def _check_default_active(self, what):
+        if self.active_adapter != ADAPTER_NAME:
+            raise ValueError(
+                f"{what} while the adapter {self.active_adapter!r} is active would take it for the trained one; call "
+                f"set_adapter({ADAPTER_NAME!r}) first"
+            )
 
     def _replicate_for_data_parallel(self):
         raise ValueError(

@@ -107,7 +107,8 @@ def _real_tokens(attention_mask, probabilities):
             f"the balance loss needs to know which tokens are padding, and an attention_mask of shape "
             f"{list(attention_mask.shape)} does not tell: pass one of shape [{batch}, {seq}] (or none, if nothing is padded)"
         )
-    return attention_mask[:, -seq:, None, None].to(probabilities)
+    # Not its values: packers number their documents in it.
+    return (attention_mask[:, -seq:, None, None] != 0).to(probabilities)
 
 
 @torch.no_grad()
