@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from adafuse import checkpoint
+from adafuse.aux_loss import NO_BALANCE, config_with_aux_loss, share_of_labels, with_aux_loss, with_loss_added
 from adafuse.config import AdaFuseConfig
 from adafuse.discover import check_causal_lm, find_blocks, find_targets
 from adafuse.experts import ExpertBank
@@ -30,10 +30,6 @@ IGNORED_WHEN_SAVING = {
     "save_embedding_layers",
     "push_to_hub",
 }
-NO_BALANCE = (
-    "this training forward has no labels, so the balance loss is not part of a loss; pass output_router_logits=True and add "
-    "aux_loss_coef * output.aux_loss to yours, or set aux_loss_coef=0"
-)
 
 
 class AdaFuseModel(PeftSurface):
@@ -69,7 +65,7 @@ class AdaFuseModel(PeftSurface):
         )
         self._init_surface(base)
         self.adafuse_config, self.banks = config, banks
-        self.config = _config_with_aux_loss(base.config, config.aux_loss_coef)
+        self.config = config_with_aux_loss(base.config, config.aux_loss_coef)
         self.execution = "auto"
         self._trained_before = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
         self._forward_names = [name for name in inspect.signature(type(base).forward).parameters if name != "self"]
@@ -123,13 +119,13 @@ class AdaFuseModel(PeftSurface):
         with recording() as record:
             output = self.get_base_model()(*args, **kwargs)
         if output_router_logits:
-            return _with_aux_loss(output, self._aux_loss(record.routing, given))
+            return with_aux_loss(output, self._aux_loss(record.routing, given))
         coefficient = self.adafuse_config.aux_loss_coef
         if not (self.training and coefficient and record.routing is not None):
             return output
         if given.get("labels") is not None:
-            weight = coefficient * _share_of_labels(given)
-            return _with_loss_added(output, weight * self._aux_loss(record.routing, given))
+            weight = coefficient * share_of_labels(given)
+            return with_loss_added(output, weight * self._aux_loss(record.routing, given))
         if torch.is_grad_enabled():
             warnings.warn(NO_BALANCE, stacklevel=2)
         return output
@@ -193,7 +189,7 @@ class AdaFuseModel(PeftSurface):
     def resize_token_embeddings(self, *args, **kwargs):
         """The base's; `config`, a copy, follows."""
         embeddings = self.get_base_model().resize_token_embeddings(*args, **kwargs)
-        self.config = _config_with_aux_loss(self.get_base_model().config, self.adafuse_config.aux_loss_coef)
+        self.config = config_with_aux_loss(self.get_base_model().config, self.adafuse_config.aux_loss_coef)
         return embeddings
 
     def set_trainable(self, part: str = "all"):
@@ -363,36 +359,3 @@ def _device_of(module):
     hooks = getattr(hook, "hooks", (hook,))  # a SequentialHook has several
     execution = next((h.execution_device for h in hooks if getattr(h, "execution_device", None) is not None), None)
     return torch.device(execution) if device.type == "meta" and execution is not None else device
-
-
-def _config_with_aux_loss(config, coefficient):
-    """A copy of the base's config with the two settings by which trainers know a mixture."""
-    config = copy.deepcopy(config)
-    for part in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
-        part.output_router_logits, part.router_aux_loss_coef = False, coefficient
-    return config
-
-
-def _share_of_labels(given):
-    """This micro-batch's share of the label tokens of the optimisation step; 1 where the trainer does not say how many there are."""
-    total = given.get("num_items_in_batch")
-    if total is None:
-        return 1.0
-    labels = given["shift_labels"] if given.get("shift_labels") is not None else given["labels"][..., 1:]
-    return (labels != -100).sum() / total
-
-
-def _with_aux_loss(output, aux_loss):
-    if isinstance(output, tuple):
-        raise ValueError(
-            "output_router_logits=True needs an output with names; call the model without return_dict=False"
-        )
-    output["aux_loss"] = aux_loss
-    return output
-
-
-def _with_loss_added(output, extra):
-    if isinstance(output, tuple):
-        return (output[0] + extra.to(output[0].device), *output[1:])
-    output["loss"] = output["loss"] + extra.to(output["loss"].device)
-    return output
