@@ -7,6 +7,7 @@ python benchmarks/tables.py --check  # exit code 1 if one is out of date (the te
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ MARKED = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTAL
 
 
 def train_step(rows):
-    """Step times of the mixtures and of LoRA, a line a case."""
+    """Step times of the mixtures and of LoRA, medians, a line a case."""
     names = {row["name"]: _mixture(row["case"]) for row in rows if row["vs"]}
     lines = [f"| model | tokens a step | LoRA, r {rows[0]['case']['r']} | {' | '.join(names.values())} |"]
     lines.append("|---|---|---|" + "---|" * len(names))
@@ -33,6 +34,25 @@ def train_step(rows):
     return lines
 
 
+def demo(rows):
+    """Held-out accuracy by domain, before and after: mean over the seeds."""
+    seeds = sorted({row["case"]["seed"] for row in rows})
+    lines = ["| domain | before | after |", "|---|---|---|"]
+    for domain in dict.fromkeys(row["case"]["domain"] for row in rows):
+        found = [row for row in rows if row["case"]["domain"] == domain]
+        means = [
+            statistics.mean(row["median"] for row in found if row["name"] == f"demo/{when}")
+            for when in ("before", "after")
+        ]
+        lines.append(f"| {domain} | {means[0]:.0%} | {means[1]:.0%} |")
+    items = rows[0]["case"]["items"]
+    return [
+        *lines,
+        "",
+        f"{items} items a domain and seed, mean over {len(seeds)} seeds, {rows[0]['case']['steps']} steps of training.",
+    ]
+
+
 def _mixture(case):
     return f"E {case['num_experts']}, r {case['r']}, K {case['top_k']}, {case['routing']}"
 
@@ -40,10 +60,11 @@ def _mixture(case):
 def _source(env, path):
     versions = f"torch {env['torch']}, transformers {env['transformers']}, peft {env['peft']}"
     where = path.relative_to(ROOT)
-    return f"{env['gpu']}, {versions}, commit {env['git']}, {env['date']}; medians. From [{where}]({where})."
+    machine = "CPU" if env["gpu"] == "none" else env["gpu"]
+    return f"{machine}, {versions}, commit {env['git']}, {env['date']}. From [{where}]({where})."
 
 
-TABLES = {"train_step": train_step}
+TABLES = {"train_step": train_step, "demo": demo}
 
 
 def fill(text):

@@ -276,7 +276,7 @@ def blocks(language):
 
 
 @pytest.fixture
-def workplace(base, loras, tmp_path, monkeypatch):
+def desk(base, loras, tmp_path, monkeypatch):
     """A folder in which what the guide names is there: the base (a tiny one), the data, the LoRAs."""
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "train.jsonl", sums(40))
@@ -285,7 +285,7 @@ def workplace(base, loras, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_examples_of_the_guide_run(base, workplace):
+def test_the_examples_of_the_guide_run(base, desk):
     """In order, in one namespace, as a reader would type them in."""
     pytest.importorskip("trl")
     pytest.importorskip("bitsandbytes")
@@ -295,11 +295,11 @@ def test_the_examples_of_the_guide_run(base, workplace):
         code = block.replace(HUB_NAME, str(base)).replace('SFTConfig("run-sft",', 'SFTConfig("run-sft", use_cpu=True,')
         exec(compile(code, f"docs/training.md, block {number}", "exec"), namespace)
     for folder in ("adapter", "adapter-sft", "run/checkpoint-2", "run-sft/checkpoint-4"):
-        assert (workplace / folder / WEIGHTS_FILE).is_file()
-    assert_same_bits(namespace["again"].adapter_tensors(), saved(workplace / "adapter"))
+        assert (desk / folder / WEIGHTS_FILE).is_file()
+    assert_same_bits(namespace["again"].adapter_tensors(), saved(desk / "adapter"))
 
 
-def test_the_commands_of_the_guide_run(base, workplace):
+def test_the_commands_of_the_guide_run(base, desk):
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("adafuse ")]
     assert len(commands) == 2
     for line in commands:

@@ -67,7 +67,7 @@ class AdaFuseModel(PeftSurface):
         self.adafuse_config, self.banks = config, banks
         self.config = config_with_aux_loss(base.config, config.aux_loss_coef)
         self.execution = "auto"
-        self._trained_before = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
+        self._trained_before = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
         self._forward_names = [name for name in inspect.signature(type(base).forward).parameters if name != "self"]
         self._gate = PreGate(router, config, len(blocks))
         base.requires_grad_(False)
