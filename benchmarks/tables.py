@@ -6,6 +6,7 @@ python benchmarks/tables.py --check  # exit code 1 if one is out of date (the te
 
 import argparse
 import json
+import os
 import re
 import statistics
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md",)
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "evaluation.md")
 # <!-- table NAME GPU --> ... <!-- end -->: NAME is a result file and a key of TABLES.
 MARKED = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -53,41 +54,53 @@ def demo(rows):
     ]
 
 
+def choices(rows):
+    """Both programs' numbers, for the base and the adapted model."""
+    values = {row["name"].removeprefix("choices/"): row["median"] for row in rows}
+    lines = ["| | accuracy, `adafuse eval` | NLL per token | `acc`, lm-eval |", "|---|---|---|---|"]
+    for name in ("base", "adapter"):
+        accuracy, nll, acc = (values[f"{name}/{what}"] for what in ("adafuse_accuracy", "adafuse_nll", "lm_eval_acc"))
+        lines.append(f"| {name} | {accuracy:.1%} | {nll:.3f} | {acc:.1%} |")
+    return [*lines, "", f"{rows[0]['case']['items']} held-out questions of the demo, four choices each."]
+
+
 def _mixture(case):
     return f"E {case['num_experts']}, r {case['r']}, K {case['top_k']}, {case['routing']}"
 
 
-def _source(env, path):
+def _source(env, path, document):
     versions = f"torch {env['torch']}, transformers {env['transformers']}, peft {env['peft']}"
-    where = path.relative_to(ROOT)
+    name, where = path.relative_to(ROOT), os.path.relpath(path, document.parent)
     machine = "CPU" if env["gpu"] == "none" else env["gpu"]
-    return f"{machine}, {versions}, commit {env['git']}, {env['date']}. From [{where}]({where})."
+    return f"{machine}, {versions}, commit {env['git']}, {env['date']}. From [{name}]({where})."
 
 
-TABLES = {"train_step": train_step, "demo": demo}
+TABLES = {"train_step": train_step, "demo": demo, "choices": choices}
 
 
-def fill(text):
-    """The text with each marked table made anew."""
+def fill(document):
+    """The text of a document with each marked table made anew."""
 
     def table(match):
         start, name, folder, end = match.groups()
         path = RESULTS / folder / f"{name}.json"
         result = json.loads(path.read_text())
-        return start + "\n".join([*TABLES[name](result["rows"]), "", _source(result["env"], path)]) + "\n" + end
+        return (
+            start + "\n".join([*TABLES[name](result["rows"]), "", _source(result["env"], path, document)]) + "\n" + end
+        )
 
-    return MARKED.sub(table, text)
+    return MARKED.sub(table, document.read_text())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a table is out of date")
     check = parser.parse_args().check
-    stale = [path for path in DOCUMENTS if fill(path.read_text()) != path.read_text()]
+    stale = [path for path in DOCUMENTS if fill(path) != path.read_text()]
     for path in stale:
         print(f"{path.name}: {'out of date' if check else 'rewritten'}")
         if not check:
-            path.write_text(fill(path.read_text()))
+            path.write_text(fill(path))
     sys.exit(bool(check and stale))
 
 

@@ -266,6 +266,25 @@ def test_output_router_logits_gives_the_unweighted_aux_loss_and_leaves_the_loss_
     assert relative_error(output.aux_loss, wanted.aux_loss()) < 1e-5
 
 
+def test_a_trainer_that_takes_the_loss_as_it_is_gets_the_balance_loss_in_it():
+    """TRL before 1.15 asks for `.aux_loss` only to log it."""
+    model = attached().train()
+    ids = batch()
+    given = {
+        "input_ids": ids,
+        "labels": ids,
+        "num_items_in_batch": 4 * ids[:, 1:].numel(),
+        "output_router_logits": True,
+    }
+    with torch.no_grad():
+        wanted = loop(model, input_ids=ids)
+        model.config.router_aux_loss_coef = 0.7
+        output = model(**given)
+    expected = (language_model_loss(wanted.logits, ids) + 0.7 * wanted.aux_loss()) / 4
+    assert relative_error(output.loss, expected) < 1e-5
+    assert relative_error(output.aux_loss, wanted.aux_loss()) < 1e-5
+
+
 def test_aux_loss_sends_its_gradient_to_the_router_only():
     model = attached(router_hidden=8).train()
     model(input_ids=batch(), output_router_logits=True).aux_loss.backward()

@@ -103,10 +103,11 @@ class AdaFuseModel(PeftSurface):
     def forward(self, *args, output_router_logits: bool | None = None, **kwargs):
         """The base's forward, adapters included.
 
-        In training mode the balance loss times aux_loss_coef is part of `.loss`. Under gradient accumulation (Trainer passes
-        `num_items_in_batch`) it is weighted with this micro-batch's share of the label tokens, as the language-model loss is.
-        output_router_logits=True (HuggingFace's protocol for mixtures): the output carries `.aux_loss`, unweighted, and `.loss` is
-        left alone; None: as self.config says.
+        In training mode `.loss` holds  coefficient * balance loss,  the coefficient being self.config.router_aux_loss_coef (at
+        first aux_loss_coef). Under gradient accumulation (Trainer passes `num_items_in_batch`) it is weighted with this
+        micro-batch's share of the label tokens, as the language-model loss is.
+        output_router_logits=True (HuggingFace's protocol for mixtures; None: as self.config says): the output carries `.aux_loss`,
+        unweighted, and `.loss` is left alone, unless `num_items_in_batch` tells that a trainer takes it as it is (TRL before 1.15).
         """
         if output_router_logits is None:
             output_router_logits = self.config.get_text_config(decoder=True).output_router_logits
@@ -118,17 +119,22 @@ class AdaFuseModel(PeftSurface):
             kwargs["use_cache"] = False
         with recording() as record:
             output = self.get_base_model()(*args, **kwargs)
-        if output_router_logits:
-            return with_aux_loss(output, self._aux_loss(record.routing, given))
-        coefficient = self.adafuse_config.aux_loss_coef
-        if not (self.training and coefficient and record.routing is not None):
+        return self._with_balance(output, record.routing, given, output_router_logits)
+
+    def _with_balance(self, output, routing, given, apart):
+        """The output with the balance loss: in its `.loss`, or as `.aux_loss` where asked for `apart`, or both."""
+        trains = self.training and routing is not None
+        coefficient = self.config.get_text_config(decoder=True).router_aux_loss_coef if trains else 0.0
+        labelled = given.get("labels") is not None
+        joined = coefficient and labelled and (not apart or given.get("num_items_in_batch") is not None)
+        if coefficient and not (labelled or apart) and torch.is_grad_enabled():
+            warnings.warn(NO_BALANCE, stacklevel=3)
+        if not (joined or apart):
             return output
-        if given.get("labels") is not None:
-            weight = coefficient * share_of_labels(given)
-            return with_loss_added(output, weight * self._aux_loss(record.routing, given))
-        if torch.is_grad_enabled():
-            warnings.warn(NO_BALANCE, stacklevel=2)
-        return output
+        aux_loss = self._aux_loss(routing, given)
+        if joined:
+            output = with_loss_added(output, coefficient * share_of_labels(given) * aux_loss)
+        return with_aux_loss(output, aux_loss) if apart else output
 
     def _aux_loss(self, routing, given):
         if routing is None:  # adapters are off
