@@ -12,29 +12,11 @@ import gc
 import record
 import torch
 from peft import LoraConfig, get_peft_model
+from shapes import SHAPES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adafuse import AdaFuseConfig, AdaFuseModel
 
-SHAPES = {
-    "llama-3.2-1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-    "llama-2-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-    },
-}
 # model, batch, tokens a sequence, gradient checkpointing
 CASES = (
     ("llama-3.2-1b", 4, 512, False),

@@ -9,6 +9,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # kernels run in Triton's interpreter; it is asked when they are defined
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

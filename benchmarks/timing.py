@@ -1,0 +1,50 @@
+"""Times on a GPU: CUDA graphs replayed back to back between events, and the two ceilings of memory bandwidth."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+def graph_of(run, warmup=2):
+    """A CUDA graph of `run()`, compiled and warmed up before the capture."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmup):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def times(run, prepare=lambda n: None, repeats=20, warmup=3):
+    """Milliseconds of each `run()`. All are queued at once, so that the GPU never waits for the host; `prepare(n)`, outside the
+    time, sets the inputs of run n."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats + warmup)]
+    torch.cuda.synchronize()
+    for n, (start, end) in enumerate(events):
+        prepare(n)
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events[warmup:]]
+
+
+@triton.jit
+def _read_kernel(x, out, BLOCK: tl.constexpr):
+    pid = tl.program_id(0).to(tl.int64)
+    values = tl.load(x + pid * BLOCK + tl.arange(0, BLOCK), eviction_policy="evict_first")
+    tl.store(out + pid, tl.max(values.to(tl.float32), 0))
+
+
+def read_times(x, block=16384, num_warps=4):
+    """Milliseconds to read x (1-D, bf16) once: `_read_kernel` keeps one number a block."""
+    out = torch.empty(x.numel() // block, device=x.device)
+
+    def run():
+        _read_kernel[(len(out),)](x, out, BLOCK=block, num_warps=num_warps)
+
+    return times(run, repeats=8)

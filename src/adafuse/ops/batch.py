@@ -1,0 +1,509 @@
+"""batch: what the experts add for many tokens that choose different experts, computed block-sparse.
+
+    delta[t] = ((x[t] @ a.T) * mask[t]) @ b
+
+Rank space: R = E*r + S ranks; rows e*r .. e*r + r - 1 of `a` [R, I] and `b` [R, O] are expert e's, the last S the shared
+expert's. mask[t] holds each rank's weight for token t, 0 where the token did not choose its expert.
+
+Tokens are sorted so that those with the same experts are neighbours, then cut into tiles of `block_t` tokens; the ranks are
+cut into blocks of `block_r`. A (tile, block) pair that no token of the tile needs is neither computed, read nor written. Few
+large experts, many tiny ones (a block holds several) and small batches (every block is needed: the dense form) are all this
+one case.
+
+`lay_out` prepares a routing decision once per step; `shrink_tiles` (x -> h) and `expand_tiles` (h -> y) run it for each
+adapted linear, or in one launch for a group of linears that read the same x. Each has its plain PyTorch form beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from triton import cdiv, next_power_of_2
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+KEY_BITS = 62  # of an int64, leaving the sign alone
+ROUTING = ["order", "gates", "counts", "blocks"]  # may be views of one decision of several, at any address
+
+
+# --- the layout -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Routing decisions laid out for the kernels. Leading dimensions (a decision per block, say) are shared by all four tensors.
+
+    order   [..., T] int32                      token at each sorted place
+    gates   [..., T, E + 1] fp32                scaled weight of each expert by token (unsorted), 0 where not chosen; then the
+                                                shared expert's scale
+    counts  [..., num_tiles] int32              how many rank blocks a tile needs
+    blocks  [..., num_tiles, num_blocks] int32  which: the first counts[tile] of its row, ascending
+    """
+
+    order: torch.Tensor
+    gates: torch.Tensor
+    counts: torch.Tensor
+    blocks: torch.Tensor
+    r: int
+    shared_rank: int
+    top_k: int
+    block_t: int
+    block_r: int
+
+    def __getitem__(self, decision) -> Tiles:
+        """One of several decisions, as views."""
+        return replace(self, **{name: getattr(self, name)[decision] for name in ROUTING})
+
+    @property
+    def tokens(self) -> int:
+        return self.order.shape[-1]
+
+    @property
+    def num_experts(self) -> int:
+        return self.gates.shape[-1] - 1
+
+    @property
+    def rank(self) -> int:
+        return self.num_experts * self.r + self.shared_rank
+
+    @property
+    def num_tiles(self) -> int:
+        return self.counts.shape[-1]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.blocks.shape[-1]
+
+    def h_shape(self, modules: int) -> tuple[int, int, int]:
+        """Shape of h for a group of `modules` linears: tokens in sorted order, both dimensions padded to whole tiles and blocks."""
+        return modules, self.num_tiles * self.block_t, self.num_blocks * self.block_r
+
+    def mask(self) -> torch.Tensor:
+        """mask of one decision, its tokens sorted: fp32 [num_tiles * block_t, num_blocks * block_r], 0 in the padding."""
+        _, rows, columns = self.h_shape(1)
+        mask = self.gates.new_zeros(rows, columns)
+        ranks = torch.arange(self.rank, device=mask.device)
+        expert = (ranks // self.r).clamp(max=self.num_experts)
+        mask[: self.tokens, : self.rank] = self.gates[self.order.long()][:, expert]
+        return mask
+
+
+def lay_out(experts, weights, *, num_experts, r, shared_rank=0, shared_scale=1.0, block_t=None, block_r=None) -> Tiles:
+    """Sort the tokens of each decision by the rank blocks they need, and list those of each tile.
+
+    experts [..., T, K] int32 or int64, distinct within a token; weights [..., T, K] with the experts' scale folded in.
+    Leading dimensions: independent decisions for the same tokens. Shapes depend only on those of the arguments, and nothing
+    waits for the device: safe inside a CUDA graph. Blocks default to `tile_shape`.
+    """
+    if experts.shape != weights.shape or experts.dim() < 2:
+        raise ValueError(f"experts {list(experts.shape)} and weights {list(weights.shape)} must both be [..., T, K]")
+    tokens, top_k = experts.shape[-2:]
+    rank = num_experts * r + shared_rank
+    default_t, default_r = tile_shape(tokens, r, rank)
+    block_t, block_r = block_t or default_t, block_r or default_r
+    if min(block_t, block_r) < 16 or block_t & (block_t - 1) or block_r & (block_r - 1):
+        raise ValueError(f"block_t {block_t} and block_r {block_r} must be powers of two of at least 16")
+
+    needed = _needed_blocks(experts, num_experts, r, shared_rank, block_r)
+    order = _gray_order(needed)
+    by_tile = needed.gather(-2, order.unsqueeze(-1).expand_as(needed))
+    by_tile = torch.nn.functional.pad(by_tile, (0, 0, 0, -tokens % block_t)).unflatten(-2, (-1, block_t)).any(-2)
+    gates = weights.new_zeros(*weights.shape[:-1], num_experts + 1, dtype=torch.float32)
+    gates.scatter_(-1, experts.long(), weights.float())[..., -1] = shared_scale
+    return Tiles(
+        order=order.int(),
+        gates=gates,
+        counts=by_tile.sum(-1, dtype=torch.int32),
+        blocks=by_tile.logical_not().byte().argsort(dim=-1, stable=True).int(),
+        r=r,
+        shared_rank=shared_rank,
+        top_k=top_k,
+        block_t=block_t,
+        block_r=block_r,
+    )
+
+
+def tile_shape(tokens, r, rank) -> tuple[int, int]:
+    """Default (block_t, block_r). Blocks that do not straddle experts where r allows, one for all ranks where they are few."""
+    block_t = 128 if tokens > 512 else min(64, max(16, next_power_of_2(tokens)))
+    block_r = next_power_of_2(rank) if rank <= 64 else min(64, r & -r)
+    return block_t, max(16, block_r)
+
+
+def _needed_blocks(experts, num_experts, r, shared_rank, block_r):
+    """bool [..., T, num_blocks]: whether a token needs any rank of a block."""
+    span = torch.arange(cdiv(r - 1, block_r) + 1, device=experts.device)  # no expert touches more blocks
+    first = experts.long().unsqueeze(-1) * r
+    blocks = torch.minimum(first // block_r + span, (first + r - 1) // block_r).flatten(-2)
+    num_blocks = cdiv(num_experts * r + shared_rank, block_r)
+    needed = torch.zeros(*experts.shape[:-1], num_blocks, dtype=torch.bool, device=experts.device)
+    needed.scatter_(-1, blocks, True)
+    if shared_rank:
+        needed[..., num_experts * r // block_r :] = True
+    return needed
+
+
+def _gray_order(needed):
+    """int64 [..., T]: tokens sorted by the place of their set of blocks in the reflected Gray code.
+
+    Equal sets become neighbours. Among sets of one size that code moves on by exchanging a single member, so a tile that spans
+    several sets needs few blocks: 3.6 of 8 on average, unsorted 8, for 2048 tokens with 2 of 8 equally likely experts, tiles of
+    128.
+    """
+    digits = needed.cumsum(-1) & 1  # the place in the code, in binary: prefix parities of the set's bits
+    order = torch.arange(needed.shape[-2], device=needed.device).expand(needed.shape[:-1])
+    for word in reversed(
+        digits.split(KEY_BITS, -1)
+    ):  # the least significant first: each sort keeps the order of those before
+        shift = torch.arange(word.shape[-1] - 1, -1, -1, device=word.device)
+        key = (word << shift).sum(-1)
+        order = order.gather(-1, key.gather(-1, order).argsort(dim=-1, stable=True))
+    return order
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------------
+# Model dimensions are constexpr: a handful of values, and loads of 16 bytes follow from them wherever they allow. Out-of-range
+# ranks read the last row instead of being masked: a select costs less than a mask in the loop, and their gate is 0.
+
+
+@triton.jit
+def _wait_for_inputs(PDL: tl.constexpr):
+    """With programmatic dependent launch: let the next kernel start, then wait until all that ran before this one is visible.
+
+    Every program must wait, those with nothing to do too: that this kernel has ended tells the next one that all before it have.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _load(rows, columns, LIMIT: tl.constexpr, WHOLE: tl.constexpr):
+    """The elements rows[:, None] + columns[None, :], 0 from column LIMIT on. WHOLE: no column comes that far."""
+    if WHOLE:
+        return tl.load(rows[:, None] + columns[None, :])
+    return tl.load(rows[:, None] + columns[None, :], mask=(columns < LIMIT)[None, :], other=0.0)
+
+
+@triton.jit
+def _dot(a, b, acc):
+    """acc + a @ b, fp32 in full precision."""
+    if INTERPRETED:  # it would take bf16 for integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=ROUTING)
+def _shrink_kernel(
+    x, a, h, order, gates, counts, blocks, T,
+    I: tl.constexpr, R: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, X_ROW: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """h[split, module, t, rank] = gate * sum of x[order[t], i] * a[module][rank, i] over the split's share of i.
+
+    A tile's work is a list of units, one per needed block and module; a program takes BLOCK_N // BLOCK_R of them, so that
+    its tile of x serves BLOCK_N ranks whatever the size of the blocks and the number of modules. Grid (chunks, splits, tiles).
+    """
+    _wait_for_inputs(PDL)
+    MODULES: tl.constexpr = len(a)
+    chunk, split, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    units = tl.load(counts + tile) * MODULES
+    n = tl.arange(0, BLOCK_N)
+    unit = chunk * (BLOCK_N // BLOCK_R) + n // BLOCK_R
+    if chunk * (BLOCK_N // BLOCK_R) >= units:
+        return
+    block = tl.load(blocks + tile * NUM_BLOCKS + unit // MODULES, mask=unit < units, other=0)
+    rank = block * BLOCK_R + n % BLOCK_R
+    module = unit % MODULES
+
+    row = tl.minimum(rank, R - 1).to(tl.int64) * I
+    a_row = a[0] + row
+    for m in tl.static_range(1, MODULES):
+        a_row = tl.where(module == m, a[m] + row, a_row)
+    t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    token = tl.load(order + t, mask=t < T, other=0)
+    x_row = x + token.to(tl.int64) * X_ROW
+
+    STEPS: tl.constexpr = (I + SPLITS * BLOCK_I - 1) // (SPLITS * BLOCK_I)
+    acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for step in range(STEPS):
+        i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
+        x_tile = _load(x_row, i, I, I % (STEPS * SPLITS * BLOCK_I) == 0)
+        a_tile = _load(a_row, i, I, I % (STEPS * SPLITS * BLOCK_I) == 0)
+        acc = _dot(x_tile, a_tile.T, acc)
+
+    expert = tl.minimum(rank // RANK, E)
+    gate = tl.load(
+        gates + token[:, None] * (E + 1) + expert[None, :], mask=(t < T)[:, None] & (rank < R)[None, :], other=0.0
+    )
+    rows = tl.num_programs(2) * BLOCK_T
+    column = module.to(tl.int64) * rows * (NUM_BLOCKS * BLOCK_R) + rank
+    column = tl.max_contiguous(tl.multiple_of(column, BLOCK_R), BLOCK_R)
+    h_row = h + (split * MODULES * rows + t).to(tl.int64) * (NUM_BLOCKS * BLOCK_R)
+    tl.store(h_row[:, None] + column[None, :], (acc * gate).to(h.dtype.element_ty), mask=(unit < units)[None, :])
+
+
+@triton.jit(do_not_specialize_on_alignment=ROUTING)
+def _sum_kernel(
+    partial, h, counts, blocks,
+    NUM_BLOCKS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """h = the sum of partial [splits, ...] over its splits, in their order, where h is needed. Grid (num_blocks, modules, tiles)."""
+    _wait_for_inputs(PDL)
+    slot, module, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if slot >= tl.load(counts + tile):
+        return
+    rows = tl.num_programs(2) * BLOCK_T
+    t = module * rows + tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    rank = tl.load(blocks + tile * NUM_BLOCKS + slot) * BLOCK_R + tl.arange(0, BLOCK_R)
+    place = t.to(tl.int64)[:, None] * (NUM_BLOCKS * BLOCK_R) + rank[None, :]
+    split_size = tl.num_programs(1).to(tl.int64) * rows * (NUM_BLOCKS * BLOCK_R)
+    acc = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    for split in tl.static_range(SPLITS):
+        acc += tl.load(partial + split * split_size + place)
+    tl.store(h + place, acc.to(h.dtype.element_ty))
+
+
+@triton.jit
+def _expand_columns(
+    y, h, b, first, order, counts, blocks, tile, T,
+    O: tl.constexpr, R: tl.constexpr, Y_ROW: tl.constexpr, NUM_BLOCKS: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """y[order[t], o] (+)= sum of h[t, rank] * b[rank, o] over the tile's blocks, for the tokens of `tile` and o from `first` on."""
+    o = first + tl.arange(0, BLOCK_O)
+    t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    token = tl.load(order + t, mask=t < T, other=0)
+    place = y + token.to(tl.int64)[:, None] * Y_ROW + o[None, :]
+    live = (t < T)[:, None] & (o < O)[None, :]
+    h_row = h + t.to(tl.int64)[:, None] * (NUM_BLOCKS * BLOCK_R)
+    acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
+    for slot in range(tl.load(counts + tile)):
+        rank = tl.load(blocks + tile * NUM_BLOCKS + slot) * BLOCK_R + tl.arange(0, BLOCK_R)
+        h_tile = tl.load(h_row + rank[None, :])
+        b_tile = _load(b + tl.minimum(rank, R - 1).to(tl.int64) * O, o, O, O % BLOCK_O == 0)
+        acc = _dot(h_tile, b_tile, acc)
+    if ADD:
+        acc += tl.load(place, mask=live, other=0.0).to(tl.float32)
+    tl.store(place, acc.to(y.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=ROUTING)
+def _expand_kernel(
+    y, h, b, order, counts, blocks, T,
+    O: tl.constexpr, Y_ROW: tl.constexpr, R: tl.constexpr, NUM_BLOCKS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """`_expand_columns` for every module of a group. Grid (blocks of columns, of all modules in turn; tiles)."""
+    _wait_for_inputs(PDL)
+    columns, tile = tl.program_id(0), tl.program_id(1)
+    rows = tl.num_programs(1).to(tl.int64) * BLOCK_T
+    for m in tl.static_range(len(y)):
+        if (columns >= 0) & (columns < tl.cdiv(O[m], BLOCK_O)):
+            _expand_columns(
+                y[m], h + m * rows * (NUM_BLOCKS * BLOCK_R), b[m], columns * BLOCK_O, order, counts, blocks, tile, T,
+                O[m], R, Y_ROW[m], NUM_BLOCKS, ADD, BLOCK_T, BLOCK_R, BLOCK_O,
+            )  # fmt: skip
+        columns -= tl.cdiv(O[m], BLOCK_O)
+
+
+# --- launchers ------------------------------------------------------------------------------------------------------------
+
+
+def shrink_tiles(
+    x, a, tiles, out=None, *, pdl=False, block_n=None, block_i=None, splits=None, num_warps=None, num_stages=None
+):
+    """out[m, t] = (x[order[t]] @ a[m].T) * mask[t], where a tile needs it; the rest of `out` is left alone.
+
+    x [T, I] (rows may lie apart), a: one [R, I] or a tuple of them, one per linear that reads this x; bf16, fp16 or fp32,
+    summed in fp32. out [modules, padded T, padded R] of x's dtype (`tiles.h_shape`), allocated if not given. With `splits` > 1
+    the sum over I is shared between that many programs and put together by a second launch, always in the same order.
+    The remaining keywords are the kernel's block sizes; they default by shape.
+    """
+    a = _as_tuple(a)
+    out = x.new_empty(tiles.h_shape(len(a))) if out is None else out
+    _check_shrink(x, a, tiles, out)
+    shape = _shrink_shape(x, len(a), tiles)
+    block_n, block_i = max(block_n or shape["block_n"], tiles.block_r), block_i or shape["block_i"]
+    if splits is None:
+        splits = _splits(x, len(a), tiles, block_n, block_i)
+    target = x.new_empty(splits, *out.shape, dtype=torch.float32) if splits > 1 else out
+    grid = (cdiv(tiles.num_blocks * len(a) * tiles.block_r, block_n), splits, tiles.num_tiles)
+    routing = (tiles.counts, tiles.blocks)
+    blocks = {"NUM_BLOCKS": tiles.num_blocks, "BLOCK_T": tiles.block_t, "BLOCK_R": tiles.block_r}
+    with torch.cuda.device_of(x):
+        _shrink_kernel[grid](
+            x, a, target, tiles.order, tiles.gates, *routing, tiles.tokens,
+            I=x.shape[1], R=tiles.rank, E=tiles.num_experts, RANK=tiles.r, X_ROW=x.stride(0),
+            SPLITS=splits, BLOCK_N=block_n, BLOCK_I=block_i, **blocks, **_pdl(pdl),
+            num_warps=num_warps or shape["num_warps"], num_stages=num_stages or shape["num_stages"],
+        )  # fmt: skip
+        if splits > 1:
+            grid = (tiles.num_blocks, len(a), tiles.num_tiles)
+            _sum_kernel[grid](target, out, *routing, SPLITS=splits, **blocks, **_pdl(pdl), num_warps=4)
+    return out
+
+
+def expand_tiles(h, b, tiles, y, *, add=True, pdl=False, block_o=None, num_warps=None, num_stages=None):
+    """y[m][order[t]] += h[m, t] @ b[m]: each element read once and written once, rounded once, without atomics.
+
+    h [modules, padded T, padded R] from `shrink_tiles`; b: one [R, O] or a tuple; y: one [T, O] or a tuple, changed in place,
+    rows may lie apart, bf16, fp16 or fp32. `add=False` writes instead of adding (every element), for a base matmul that will
+    add itself on top. The remaining keywords are the kernel's block sizes; they default by shape.
+    """
+    b, y = _as_tuple(b), _as_tuple(y)
+    _check_expand(h, b, tiles, y)
+    features = tuple(part.shape[1] for part in b)
+    shape = _expand_shape(h, features, tiles)
+    block_o = block_o or shape["block_o"]
+    grid = (sum(cdiv(o, block_o) for o in features), tiles.num_tiles)
+    with torch.cuda.device_of(h):
+        _expand_kernel[grid](
+            y, h, b, tiles.order, tiles.counts, tiles.blocks, tiles.tokens,
+            O=features, Y_ROW=tuple(part.stride(0) for part in y), R=tiles.rank, NUM_BLOCKS=tiles.num_blocks,
+            ADD=add, BLOCK_T=tiles.block_t, BLOCK_R=tiles.block_r, BLOCK_O=block_o, **_pdl(pdl),
+            num_warps=num_warps or shape["num_warps"], num_stages=num_stages or shape["num_stages"],
+        )  # fmt: skip
+
+
+def add_delta_tiles(y, x, a, b, tiles, *, add=True, pdl=False):
+    """y[m][t] += ((x[t] @ a[m].T) * mask[t]) @ b[m], in place, by both kernels. Arguments as theirs; h is allocated here."""
+    expand_tiles(shrink_tiles(x, a, tiles, pdl=pdl), b, tiles, y, add=add, pdl=pdl)
+
+
+def _pdl(on):
+    """Programmatic dependent launch needs the device: the interpreter has none."""
+    on = on and not INTERPRETED.value
+    return {"PDL": on, "launch_pdl": on}
+
+
+def _as_tuple(tensors):
+    return (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+
+
+# --- block sizes ----------------------------------------------------------------------------------------------------------
+
+
+def _processors(tensor):
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
+
+
+def _shrink_shape(x, modules, tiles):
+    """Wide BLOCK_N makes few programs share each tile of x: from 128 tokens a tile on, its traffic is what costs."""
+    if x.dtype == torch.float32:  # twice the bytes, and dots without tensor cores
+        return {"block_n": 64, "block_i": 32, "num_warps": 8, "num_stages": 2}
+    if tiles.block_t < 64:
+        return {"block_n": 64, "block_i": 128, "num_warps": 4, "num_stages": 4}
+    if tiles.block_t == 64:
+        return {"block_n": 128, "block_i": 64, "num_warps": 4, "num_stages": 4}
+    wide = 256 if modules * tiles.block_r >= 128 else 128
+    return {"block_n": wide, "block_i": 64, "num_warps": 8, "num_stages": 4}
+
+
+def _splits(x, modules, tiles, block_n, block_i):
+    """Enough programs to fill the device, none with fewer than four steps; a power of two, as each is compiled.
+
+    The host does not know the routing, hence a guess: a tile needs twice the blocks of a token.
+    """
+    of_a_token = tiles.top_k * cdiv(tiles.r, tiles.block_r) + cdiv(tiles.shared_rank, tiles.block_r)
+    units = min(tiles.num_blocks, 2 * of_a_token) * modules
+    programs = tiles.num_tiles * cdiv(units * tiles.block_r, block_n)
+    steps = cdiv(x.shape[1], block_i)
+    splits = min(_processors(x) // programs, steps // 4, 16)
+    return 1 << max(0, splits.bit_length() - 1)
+
+
+def _expand_shape(h, features, tiles):
+    """Few tokens: narrow blocks of columns, so that every processor streams its share of b.
+
+    The chain of loads, block number -> h and b, halves the stages: 3 keep two blocks of h and b in shared memory, 5 three. At
+    128 x 128 two leave room for a second program on the processor, whose loads overlap with the writes of the first.
+    """
+    if h.dtype == torch.float32:
+        return {"block_o": 32, "num_warps": 8, "num_stages": 2}
+    for block_o in (128, 64):
+        if tiles.num_tiles * sum(features) >= 2 * _processors(h) * block_o:
+            area = tiles.block_t * block_o
+            return {"block_o": block_o, "num_warps": 8 if area >= 8192 else 4, "num_stages": 3 if area > 8192 else 5}
+    return {"block_o": 32, "num_warps": 4, "num_stages": 7}
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------------
+
+
+def _check_shrink(x, a, tiles, out):
+    _check_tiles(tiles)
+    _check_no_grad(x, *a, tiles.gates)
+    if x.dim() != 2 or x.shape[0] != tiles.tokens:
+        raise ValueError(f"x is {list(x.shape)}, needs [T, I] with the {tiles.tokens} tokens of the routing")
+    for part in a:
+        _check("a", part, (tiles.rank, x.shape[1]), x.dtype)
+    _check("out", out, tiles.h_shape(len(a)), x.dtype)
+    _check_rows("x", x)
+
+
+def _check_expand(h, b, tiles, y):
+    _check_tiles(tiles)
+    _check_no_grad(h, *b, *y)
+    if len(b) != len(y):
+        raise ValueError(f"{len(b)} tensors b for {len(y)} outputs y")
+    _check("h", h, tiles.h_shape(len(b)), h.dtype)
+    for part, into in zip(b, y, strict=True):
+        if part.dim() != 2 or into.shape != (tiles.tokens, part.shape[1]):
+            raise ValueError(f"y is {list(into.shape)} for {tiles.tokens} tokens and a b of {list(part.shape)}")
+        _check("b", part, (tiles.rank, part.shape[1]), h.dtype)
+        _check_rows("y", into)
+
+
+def _check_tiles(tiles):
+    if tiles.order.dim() != 1:
+        raise ValueError(f"{list(tiles.order.shape[:-1])} routing decisions were given; choose one: tiles[d]")
+
+
+def _check_no_grad(*tensors):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise ValueError("these kernels have no backward pass: use add_delta for gradients, or torch.no_grad()")
+
+
+def _check(name, tensor, shape, dtype):
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} is {list(tensor.shape)}, needs {list(shape)}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}, the activations are {dtype}: convert one of them")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}, needs to be contiguous")
+
+
+def _check_rows(name, tensor):
+    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"{name} is {tensor.dtype}, needs bfloat16, float16 or float32")
+    if tensor.stride(-1) != 1:
+        raise ValueError(f"{name} has strides {tensor.stride()}, its last dimension needs to be contiguous")
+
+
+# --- reference ------------------------------------------------------------------------------------------------------------
+
+
+def shrink_tiles_ref(x, a, tiles):
+    """`shrink_tiles` in PyTorch, all ranks computed: what it leaves alone is 0 here."""
+    x, mask = x[tiles.order.long()], tiles.mask()
+    h = x.new_zeros(tiles.h_shape(len(_as_tuple(a))))
+    for out, part in zip(h, _as_tuple(a), strict=True):
+        out[: tiles.tokens, : tiles.rank] = (x.float() @ part.float().T) * mask[: tiles.tokens, : tiles.rank]
+    return h
+
+
+def expand_tiles_ref(h, b, tiles, y, *, add=True):
+    """`expand_tiles` in PyTorch, for an h whose unneeded parts are 0."""
+    order = tiles.order.long()
+    for h_part, b_part, out in zip(h, _as_tuple(b), _as_tuple(y), strict=True):
+        delta = h_part[: tiles.tokens, : tiles.rank].float() @ b_part.float()
+        out[order] = ((out[order].float() if add else 0) + delta).to(out.dtype)
+
+
+def add_delta_tiles_ref(y, x, a, b, tiles, *, add=True):
+    """`add_delta_tiles` in PyTorch."""
+    expand_tiles_ref(shrink_tiles_ref(x, a, tiles), b, tiles, y, add=add)

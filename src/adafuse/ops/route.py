@@ -1,0 +1,146 @@
+"""route: the pre-gate of a decoding step in two launches: router logits, then softmax, top-k and the plan's buffers.
+
+The same function as `adafuse.router.Router`, which it is tested against, for the few tokens of a step that is captured in a CUDA graph:
+there the dozen small launches of plain PyTorch would cost as much as a linear.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from adafuse.ops.decode import launch_options
+
+RMS_EPS = 1e-6
+
+
+def route_ref(h0, weight, *, num_experts, top_k, scale, hidden=None):
+    """`route` in plain PyTorch, in the dtype of its inputs: experts [D, T, K] int64 and weights [D, T, K]."""
+    x = h0 * torch.rsqrt(h0.square().mean(-1, keepdim=True) + RMS_EPS)
+    if hidden is not None:
+        x = torch.nn.functional.silu(x @ hidden.T)
+    probabilities = (x @ weight.T).unflatten(-1, (-1, num_experts)).movedim(-2, 0).softmax(-1)
+    experts = probabilities.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    weights = probabilities.gather(-1, experts)
+    return experts, scale * (weights / weights.sum(-1, keepdim=True) if top_k > 1 else weights)
+
+
+@triton.jit
+def _logits_kernel(
+    x,
+    weight,
+    out,
+    stride_x,
+    rows,
+    H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    NORM: tl.constexpr,
+    SILU: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A program: BLOCK_N rows of the weight for one token. Grid (blocks of rows, T)."""
+    token = tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i = tl.arange(0, BLOCK_H)
+    dot = tl.zeros([BLOCK_N], tl.float32)
+    square = 0.0
+    for start in range(0, H, BLOCK_H):
+        xs = tl.load(x + token * stride_x + start + i, mask=start + i < H, other=0.0).to(tl.float32)
+        mask = (n < rows)[:, None] & (start + i < H)[None, :]
+        tile = tl.load(weight + n[:, None] * H + start + i[None, :], mask=mask, other=0.0)
+        dot += tl.sum(tile * xs[None, :], 1)
+        square += tl.sum(xs * xs, 0)
+    if NORM:
+        dot = dot * tl.rsqrt(square / H + 1e-6)
+    if SILU:
+        dot = dot * tl.sigmoid(dot)
+    tl.store(out + token * rows + n, dot, mask=n < rows)
+
+
+@triton.jit
+def _choose_kernel(
+    logits,
+    experts,
+    weights,
+    scale,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A program: one decision for one token. Grid (D, T)."""
+    decision, token, tokens = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    e = tl.arange(0, BLOCK_E)
+    z = tl.load(logits + (token * D + decision) * E + e, mask=e < E, other=float("-inf"))
+    p = tl.exp(z - tl.max(z, 0))
+    p = tl.where(e < E, p / tl.sum(p, 0), -1.0)
+    k = tl.arange(0, BLOCK_K)
+    chosen, kept = tl.zeros([BLOCK_K], tl.int32), tl.zeros([BLOCK_K], tl.float32)
+    for step in tl.static_range(K):
+        best = tl.max(p, 0)
+        expert = tl.min(tl.where(p == best, e, BLOCK_E), 0)  # ties: the lower index
+        chosen, kept = tl.where(k == step, expert, chosen), tl.where(k == step, best, kept)
+        p = tl.where(e == expert, -1.0, p)
+    if K > 1:
+        kept = kept / tl.sum(kept, 0)
+    where = (decision * tokens + token) * K + k
+    tl.store(experts + where, chosen, mask=k < K)
+    tl.store(weights + where, kept * scale, mask=k < K)
+
+
+def route(h0, weight, experts, weights, *, num_experts, scale, logits, hidden=None, hidden_out=None, pdl=False):
+    """Write the routing of the tokens h0 [T, H] into experts [D, T, K] int32 and weights [D, T, K] fp32 (times `scale`).
+
+    weight [D * E, H or router_hidden] and hidden [router_hidden, H]: the router's, fp32. logits [T, D * E] and hidden_out
+    [T, router_hidden], fp32: room to work in. No host sync, no allocation: safe inside a CUDA graph.
+    """
+    decisions, tokens, top_k = experts.shape
+    x, norm = h0, True
+    if hidden is not None:
+        _rows_times(x, hidden, hidden_out, norm=True, silu=True, pdl=pdl)
+        x, norm = hidden_out, False
+    _rows_times(x, weight, logits, norm=norm, silu=False, pdl=pdl)
+    _choose_kernel[(decisions, tokens)](
+        logits,
+        experts,
+        weights,
+        scale,
+        D=decisions,
+        E=num_experts,
+        K=top_k,
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_K=triton.next_power_of_2(top_k),
+        PDL=pdl,
+        num_warps=1,
+        **launch_options(pdl),
+    )
+
+
+def _rows_times(x, weight, out, *, norm, silu, pdl):
+    rows, features = weight.shape
+    block_n = 1 if rows <= 256 else 4
+    _logits_kernel[(triton.cdiv(rows, block_n), len(x))](
+        x,
+        weight,
+        out,
+        x.stride(0),
+        rows,
+        H=features,
+        BLOCK_N=block_n,
+        BLOCK_H=min(triton.next_power_of_2(features), 4096 // block_n),
+        NORM=norm,
+        SILU=silu,
+        PDL=pdl,
+        num_warps=4,
+        **launch_options(pdl),
+    )

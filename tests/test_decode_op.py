@@ -1,0 +1,131 @@
+"""Decode, shrink and expand against loops over tokens and experts in float64. On a CPU they run under Triton's interpreter."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from adafuse.ops.chosen import Chosen
+from adafuse.ops.decode import EMPTY, decode, decode_ref, expand, expand_ref, shrink, shrink_ref
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative RMS
+SHARED_SCALE = 0.7
+# tokens, features, widths of the group, experts, rank, top_k, shared rank
+SIZES = [
+    (1, 64, (32, 16), 8, 4, 2, 0),
+    (1, 130, (17,), 6, 1, 6, 3),
+    (2, 63, (17, 5, 9), 6, 16, 2, 0),
+    (7, 64, (40,), 1, 16, 1, 2),
+    (8, 40, (8, 24), 64, 1, 16, 0),
+]
+BIG = [
+    (1, 4096, (4096, 1024, 1024), 8, 64, 2, 0),
+    (1, 11008, (4096,), 8, 16, 2, 0),
+    (1, 4096, (11008, 11008), 64, 1, 16, 0),
+    (2, 2048, (2048, 512, 512), 128, 4, 4, 16),
+    (8, 4096, (4096,), 8, 64, 2, 0),
+    (5, 999, (1001, 7), 7, 3, 3, 1),
+]
+
+
+def routing_of(kind, tokens, num_experts, top_k):
+    """experts [T, K], distinct within a token."""
+    if kind == "identical":
+        return torch.randperm(num_experts)[:top_k].repeat(tokens, 1)
+    return torch.stack([torch.randperm(num_experts)[:top_k] for _ in range(tokens)])
+
+
+def a_case(tokens, features, widths, num_experts, r, top_k, shared, dtype, kind="uniform"):
+    torch.manual_seed(0)
+    ranks = num_experts * r + shared
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(shape) * scale).to(DEVICE, dtype)
+
+    experts = routing_of(kind, tokens, num_experts, top_k).int().to(DEVICE)
+    chosen = Chosen(experts, torch.rand(tokens, top_k, device=DEVICE), num_experts, r, shared, SHARED_SCALE)
+    x = normal(tokens, features)
+    weights = [normal(o, features, scale=features**-0.5) for o in widths]
+    banks_a = [normal(ranks, features, scale=features**-0.5) for _ in widths]
+    banks_b = [normal(ranks, o) for o in widths]
+    return x, weights, banks_a, banks_b, chosen
+
+
+def loop(x, w, a, b, chosen):
+    """h [T, J] and y [T, O] in float64, a token, an expert and a rank at a time."""
+    x, w, a, b = (m.double().cpu() for m in (x, w, a, b))
+    hs, ys = [], []
+    for t in range(len(x)):
+        h, y = [], w @ x[t]
+        slots = [(int(e), float(g)) for e, g in zip(chosen.experts[t], chosen.weights[t], strict=True)]
+        rows = [(e * chosen.r + i, g) for e, g in slots for i in range(chosen.r)]
+        rows += [(chosen.num_experts * chosen.r + i, chosen.shared_scale) for i in range(chosen.shared_rank)]
+        for row, scale in rows:
+            h.append(scale * (a[row] @ x[t]))
+            y = y + h[-1] * b[row]
+        hs.append(torch.stack(h))
+        ys.append(y)
+    return torch.stack(hs), torch.stack(ys)
+
+
+def relative_error(got, exact):
+    return ((got.double().cpu() - exact).norm() / exact.norm()).item()
+
+
+def nan(*shape, dtype=torch.float32):
+    return torch.full(shape, float("nan"), device=DEVICE, dtype=dtype)
+
+
+def empty(*shape):
+    return torch.full(shape, EMPTY.value, device=DEVICE, dtype=torch.int32)
+
+
+def check(size, dtype, kind="uniform", **options):
+    x, weights, banks_a, banks_b, chosen = a_case(*size, dtype, kind)
+    exact = [loop(x, *each, chosen) for each in zip(weights, banks_a, banks_b, strict=True)]
+    exact_h = torch.stack([each for each, _ in exact])
+    h = empty(len(x), len(weights), chosen.active)
+    y = nan(len(x), sum(size[2]), dtype=dtype)
+    decode(x, weights, y, banks_a=banks_a, banks_b=banks_b, chosen=chosen, h=h, **options)
+    assert relative_error(h.view(torch.float32).transpose(0, 1), exact_h) < 1e-5
+    assert relative_error(y, torch.cat([each for _, each in exact], -1)) < LIMITS[dtype]
+    plain = decode(x, weights, nan(len(x), sum(size[2]), dtype=dtype), **options)
+    assert (
+        relative_error(plain, torch.cat([x.double().cpu() @ w.double().cpu().T for w in weights], -1)) < LIMITS[dtype]
+    )
+    h = shrink(x, banks_a, chosen, empty(*h.shape))
+    assert relative_error(h.view(torch.float32).transpose(0, 1), exact_h) < 1e-5
+    for m, part in enumerate(plain.clone().split(size[2], dim=-1)):
+        assert relative_error(expand(h[:, m], banks_b[m], chosen, part.clone()), exact[m][1]) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_kernels_equal_the_loop(size, dtype):
+    check(size, dtype)
+
+
+def test_tokens_that_choose_the_same_experts():
+    check((3, 64, (32,), 8, 4, 2, 0), torch.float32, kind="identical")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("size", BIG, ids=str)
+def test_the_kernels_equal_the_loop_at_size(size, dtype, pdl):
+    check(size, dtype, pdl=pdl)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_references_equal_the_loop(size):
+    x, weights, banks_a, banks_b, chosen = a_case(*size, torch.float32)
+    h = shrink_ref(x, banks_a, chosen)
+    y = decode_ref(x, weights, banks_a, banks_b, chosen)
+    exact = [loop(x, *each, chosen) for each in zip(weights, banks_a, banks_b, strict=True)]
+    assert relative_error(h.transpose(0, 1), torch.stack([each for each, _ in exact])) < 1e-5
+    assert relative_error(y, torch.cat([each for _, each in exact], -1)) < 1e-5
+    delta = expand_ref(h[:, 0], banks_b[0], chosen)
+    assert relative_error(x @ weights[0].T + delta, exact[0][1]) < 1e-5

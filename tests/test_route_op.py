@@ -1,0 +1,57 @@
+"""The router's kernels against the router. On a CPU they run under Triton's interpreter."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from adafuse.ops.route import route, route_ref
+from adafuse.router import Router
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# tokens, hidden size, experts, top_k, decisions, width of the hidden layer
+SIZES = [(1, 64, 8, 2, 1, 0), (3, 63, 6, 6, 3, 0), (5, 40, 1, 1, 2, 12), (2, 130, 64, 16, 4, 0), (8, 48, 7, 1, 1, 5)]
+
+
+def routed(router, h0, scale=2.0):
+    decisions, tokens = router.num_decisions, len(h0)
+    experts = torch.full((decisions, tokens, router.top_k), -7, dtype=torch.int32, device=DEVICE)
+    weights = torch.full((decisions, tokens, router.top_k), float("nan"), device=DEVICE)
+    hidden = router.hidden.weight if router.hidden is not None else None
+    route(
+        h0,
+        router.weight,
+        experts,
+        weights,
+        num_experts=router.num_experts,
+        scale=scale,
+        logits=torch.empty(tokens, decisions * router.num_experts, device=DEVICE),
+        hidden=hidden,
+        hidden_out=None if hidden is None else torch.empty(tokens, len(hidden), device=DEVICE),
+    )
+    return experts, weights
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_route_as_the_router(size, dtype):
+    tokens, features, num_experts, top_k, decisions, hidden = size
+    torch.manual_seed(0)
+    router = Router(features, num_experts, top_k, num_decisions=decisions, router_hidden=hidden, device=DEVICE)
+    h0 = torch.randn(tokens, features).to(DEVICE, dtype)
+    experts, weights = routed(router.requires_grad_(False), h0)
+    wanted = router(h0[None])
+    assert torch.equal(experts.long(), wanted.experts[0].movedim(1, 0))
+    torch.testing.assert_close(weights, 2.0 * wanted.weights[0].movedim(1, 0))
+    inner = router.hidden.weight if hidden else None
+    plain = route_ref(h0.float(), router.weight, num_experts=num_experts, top_k=top_k, scale=2.0, hidden=inner)
+    assert torch.equal(experts.long(), plain[0])
+    torch.testing.assert_close(weights, plain[1])
+
+
+def test_ties_go_to_the_lower_index():
+    router = Router(16, 8, 3, device=DEVICE).requires_grad_(False)
+    router.weight.zero_()
+    experts, weights = routed(router, torch.ones(2, 16, device=DEVICE), scale=3.0)
+    assert experts.tolist() == [[[0, 1, 2]] * 2]
+    torch.testing.assert_close(weights, torch.ones_like(weights))
