@@ -3,6 +3,9 @@
 How a routing travels: block 0 routes (`PreGate`), before its own forward and outside any gradient checkpoint. Each block is then
 called with its share as a keyword argument, so that a checkpoint keeps it with the call: a recompute in the backward pass uses
 the routing of its own forward, however many forwards came after. Inside the block's forward, its linears read it.
+
+A block's share is a rank mask (reference execution), a FusedBlock (fused), or None: nothing to add, since the adapter is off or
+merged into the weights (switch).
 """
 
 from __future__ import annotations
@@ -13,14 +16,15 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
+from adafuse.execution import gradients_needed, resolve
 from adafuse.ops.delta import add_delta
 from adafuse.router import Routing
 
 OUTSIDE = object()  # no forward is running
-# Per thread, so that two may run one model. `_forward_masks`: a rank mask for each block of the running forward, from block 0 to
-# the last; `_block_mask`: that of the running block. A mask of None means: adapters off.
-_forward_masks: ContextVar = ContextVar("adafuse_forward_masks", default=OUTSIDE)
-_block_mask: ContextVar = ContextVar("adafuse_block_mask", default=OUTSIDE)
+# Per thread, so that two may run one model. `_forward_shares`: of each block of the running forward, from block 0 to the last;
+# `_block_share`: that of the running block.
+_forward_shares: ContextVar = ContextVar("adafuse_forward_shares", default=OUTSIDE)
+_block_share: ContextVar = ContextVar("adafuse_block_share", default=OUTSIDE)
 _recorder: ContextVar = ContextVar("adafuse_recorder", default=None)
 
 
@@ -41,7 +45,7 @@ def recording(stop=False):
     recorder = Recorder(stop)
     token = _recorder.set(recorder)
     # Of its own: neither what an earlier forward left behind, nor that of one within which this one runs (in a hook, say).
-    masks = _forward_masks.set(OUTSIDE)
+    shares = _forward_shares.set(OUTSIDE)
     try:
         yield recorder
     except StopAfterRouting:
@@ -49,21 +53,23 @@ def recording(stop=False):
             raise
     finally:
         _recorder.reset(token)
-        _forward_masks.reset(masks)
+        _forward_shares.reset(shares)
 
 
 class PreGate:
-    """The one routing decision of a forward: h0 -> the rank mask of every block. Owned by the model, shared by its blocks."""
+    """The one routing decision of a forward: h0 -> the share of every block. Owned by the model, shared by its blocks."""
 
-    def __init__(self, router, config, num_blocks):
-        self.router, self.config, self.num_blocks = router, config, num_blocks
+    def __init__(self, router, banks, config, num_blocks):
+        self.router, self.banks, self.config, self.num_blocks = router, banks, config, num_blocks
         self.enabled = True
+        self.execution = "auto"
+        self.switcher = None  # of execution "switch": a Switcher
 
-    def masks(self, h0: torch.Tensor) -> list[torch.Tensor | None]:
-        """h0 [B, S, H] -> for each block [B, S, E*r + S_shared], the scaled weight of each rank, 0 where not chosen."""
+    def shares(self, h0: torch.Tensor) -> list:
+        """h0 [B, S, H] -> the share of each block."""
         recorder = _recorder.get()
         if not self.enabled and recorder is None:
-            return [None] * self.num_blocks
+            return self._base_alone()
         if h0.dim() != 3:
             raise ValueError(
                 f"block 0 was given hidden states of shape {list(h0.shape)}; routing needs [batch, seq, hidden]"
@@ -75,12 +81,31 @@ class PreGate:
             if recorder.stop:
                 raise StopAfterRouting
         if routing is None:
+            return self._base_alone()
+        return self._shares_of(routing, h0)
+
+    def _shares_of(self, routing, h0):
+        parameters = (p for module in (self.router, *self.banks) for p in module.parameters())
+        how = resolve(self.execution, *h0.shape[:2], gradients_needed(h0, parameters))
+        if how == "switch":
+            self.switcher.switch(routing)
             return [None] * self.num_blocks
+        if self.switcher is not None:
+            self.switcher.restore()
+        if how == "fused":
+            from adafuse.fused import fused_blocks  # here, since it needs Triton
+
+            return fused_blocks(routing, self.config, self.num_blocks)
         masks = self._rank_masks(routing, compute_dtype(h0))
         return masks * self.num_blocks if len(masks) == 1 else masks
 
+    def _base_alone(self):
+        if self.switcher is not None:
+            self.switcher.restore()
+        return [None] * self.num_blocks
+
     def _rank_masks(self, routing: Routing, dtype) -> list[torch.Tensor]:
-        """One mask a decision: scale * weight over the r ranks of each expert, then the shared expert's scale."""
+        """One mask a decision, [B, S, E*r + S_shared]: scale * weight over the r ranks of each expert, then the shared expert's scale."""
         config = self.config
         weights = (routing.dense().movedim(-2, 0) * config.scale).to(dtype)
         masks = weights.repeat_interleave(config.r, dim=-1)
@@ -102,23 +127,23 @@ class RoutedBlock:
         _refuse_reentrant(self)
         gate, index = self._adafuse_gate, self._adafuse_index
         if index == 0:
-            _forward_masks.set(gate.masks(args[0] if args else kwargs["hidden_states"]))
-        masks = _forward_masks.get()
-        if masks is OUTSIDE:
+            _forward_shares.set(gate.shares(args[0] if args else kwargs["hidden_states"]))
+        shares = _forward_shares.get()
+        if shares is OUTSIDE:
             raise RuntimeError(
                 f"block {index} was called outside a forward of its model, so no routing is known for it. Checkpointing that wraps "
                 "whole blocks from outside (torch's checkpoint_wrapper) does this; use model.gradient_checkpointing_enable() instead"
             )
         if index == gate.num_blocks - 1:
-            _forward_masks.set(OUTSIDE)
-        return super().__call__(*args, adafuse_mask=masks[index], **kwargs)
+            _forward_shares.set(OUTSIDE)
+        return super().__call__(*args, adafuse_share=shares[index], **kwargs)
 
-    def forward(self, *args, adafuse_mask, **kwargs):
-        token = _block_mask.set(adafuse_mask)
+    def forward(self, *args, adafuse_share, **kwargs):
+        token = _block_share.set(adafuse_share)
         try:
             return super().forward(*args, **kwargs)
         finally:
-            _block_mask.reset(token)
+            _block_share.reset(token)
 
 
 class AdapterLinear(nn.Module):
@@ -127,33 +152,39 @@ class AdapterLinear(nn.Module):
     x [..., I] -> [..., O], with the tokens of the running block in order (flattened or not).
     """
 
-    def __init__(self, base_layer, bank, path, dropout=0.0):
+    def __init__(self, base_layer, bank, path, block, dropout=0.0):
         super().__init__()
         self.base_layer, self.bank = base_layer, bank
-        self.path = path
+        self.path, self.block = path, block
         self.dropout = nn.Dropout(dropout)  # a module, because trainers that want no noise look for those
         self.train(base_layer.training)
 
     def forward(self, x, *args, **kwargs):
-        y = self.base_layer(x, *args, **kwargs)
-        mask = _block_mask.get()
-        if mask is None:
-            return y
-        if mask is OUTSIDE:
+        share = _block_share.get()
+        if share is None:
+            return self.base_layer(x, *args, **kwargs)
+        if share is OUTSIDE:
             raise RuntimeError(
                 f"{self.path} was called outside the forward of its block, so no routing is known for it"
             )
-        if mask.shape[:-1].numel() != x.shape[:-1].numel():
+        masked = isinstance(share, torch.Tensor)
+        self._check_tokens(x, share.shape[:-1].numel() if masked else share.tokens)
+        dtype = compute_dtype(x)
+        if not masked:
+            return share.linear(self, x, dtype, args, kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        if self.dropout.p:
+            x = self.dropout(x)
+        a, b = self.bank.matrices(dtype)
+        return add_delta(y, x.to(dtype), a, b, rank_mask=share.to(x.device))
+
+    def _check_tokens(self, x, routed):
+        if routed != x.shape[:-1].numel():
             raise ValueError(
-                f"{self.path} was given {x.shape[:-1].numel()} tokens while the routing is of {mask.shape[:-1].numel()}: it does not "
+                f"{self.path} was given {x.shape[:-1].numel()} tokens while the routing is of {routed}: it does not "
                 "process the block's own tokens (a cross-attention, an expert of a mixture, a linear over the cache?); leave it out "
                 "of target_modules"
             )
-        if self.dropout.p:
-            x = self.dropout(x)
-        dtype = compute_dtype(x)
-        a, b = self.bank.matrices(dtype)
-        return add_delta(y, x.to(dtype), a, b, rank_mask=mask.to(x.device))
 
     # What code of the base may read of its linear, as if it were still there.
     @property

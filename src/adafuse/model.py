@@ -14,6 +14,7 @@ from adafuse import checkpoint
 from adafuse.aux_loss import NO_BALANCE, config_with_aux_loss, share_of_labels, with_aux_loss, with_loss_added
 from adafuse.config import AdaFuseConfig
 from adafuse.discover import check_causal_lm, find_blocks, find_targets
+from adafuse.execution import check_available, costs, explain, resolve
 from adafuse.experts import ExpertBank
 from adafuse.fingerprint import check_same_base, fingerprint, tensor_shapes
 from adafuse.layers import AdapterLinear, PreGate, RoutedBlock, check_blocks, recording, route_blocks, unroute_blocks
@@ -21,7 +22,7 @@ from adafuse.packing import allow_packing, forbid_packing, refuse_packed
 from adafuse.peft_surface import ADAPTER_NAME, PeftSurface, check_name
 from adafuse.router import Router, Routing, balance_loss
 
-EXECUTIONS = ("auto", "reference")
+SWITCH_SOURCES = ("pristine", "in_place")
 # What Trainer, TRL and push_to_hub may pass, of no meaning to one adapter in one file.
 IGNORED_WHEN_SAVING = {
     "safe_serialization",
@@ -50,7 +51,7 @@ class AdaFuseModel(PeftSurface):
             raise ValueError("an adapter attached inside torch.inference_mode() could never train; attach it outside")
         _check_unadapted(base)
         check_causal_lm(base)
-        _, blocks = find_blocks(base)
+        blocks_path, blocks = find_blocks(base)
         check_blocks(blocks)
         targets = find_targets(base, config)
         # Everything that can fail comes before the first change to the base.
@@ -66,16 +67,16 @@ class AdaFuseModel(PeftSurface):
         self._init_surface(base)
         self.adafuse_config, self.banks = config, banks
         self.config = config_with_aux_loss(base.config, config.aux_loss_coef)
-        self.execution = "auto"
+        self._switch_source = "pristine"
         self._trained_before = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
         self._forward_names = [name for name in inspect.signature(type(base).forward).parameters if name != "self"]
-        self._gate = PreGate(router, config, len(blocks))
+        self._gate = PreGate(router, list(banks.values()), config, len(blocks))
         base.requires_grad_(False)
         self._kept_unpacked = forbid_packing(base)
         for target in targets:
-            base.set_submodule(
-                target.path, AdapterLinear(target.module, banks[target.path], target.path, config.lora_dropout)
-            )
+            block = int(target.path.removeprefix(f"{blocks_path}.").partition(".")[0])
+            linear = AdapterLinear(target.module, banks[target.path], target.path, block, config.lora_dropout)
+            base.set_submodule(target.path, linear)
         route_blocks(blocks, self._gate)
         self.router = router.train(base.training)
         # Not self.train(): that would also set the modes of the base's own modules.
@@ -89,16 +90,54 @@ class AdaFuseModel(PeftSurface):
 
     @property
     def execution(self) -> str:
-        """How adapters are computed: "reference" (plain PyTorch, differentiable), or "auto", which chooses: now always that."""
-        return self._execution
+        """How adapters are computed. The function is the same.
+
+        "reference": plain PyTorch, differentiable. "fused": unmerged Triton kernels, exact, any batch, no gradients. "switch": the weights
+        of the base, merged with one token's experts and switched by one launch a token; one sequence at a time. "auto": chooses;
+        now always the reference. ValueError when set to what cannot run here.
+        """
+        return self._gate.execution
 
     @execution.setter
     def execution(self, value):
-        if value not in EXECUTIONS:
-            raise ValueError(
-                f"execution={value!r} is not available in this version; allowed: {', '.join(map(repr, EXECUTIONS))}"
-            )
-        self._execution = value
+        check_available(value, self.router.weight.device)
+        switcher = self._switcher(self._switch_source) if value == "switch" else None
+        self._leave_switch()
+        self._gate.execution, self._gate.switcher = value, switcher
+
+    @property
+    def switch_source(self) -> str:
+        """What execution="switch" merges from: "pristine" (an untouched copy, exact) or "in_place" (the weights themselves; drifts)."""
+        return self._switch_source
+
+    @switch_source.setter
+    def switch_source(self, value):
+        if value not in SWITCH_SOURCES:
+            raise ValueError(f"switch_source={value!r} is unknown; allowed: {', '.join(map(repr, SWITCH_SOURCES))}")
+        if self.execution == "switch" and value != self._switch_source:
+            raise ValueError('switch_source cannot change while execution="switch"; set another execution first')
+        self._switch_source = value
+
+    def _switcher(self, source):
+        from adafuse.switching import Switcher  # here, since it needs Triton
+
+        self._leave_switch()
+        layers = [self.get_base_model().get_submodule(path) for path in self.banks]
+        return Switcher(layers, self.adafuse_config, decisions=self.router.num_decisions, source=source)
+
+    def _leave_switch(self):
+        """The base's own weights again, if an execution by switching has merged experts into them."""
+        if self._gate.switcher is not None:
+            self._gate.switcher.restore()
+            self._gate.execution, self._gate.switcher = "auto", None
+
+    def explain_execution(self, tokens: int = 1) -> str:
+        """Print, and return, what a forward of `tokens` tokens without gradients would do, and the bytes and FLOPs of each execution."""
+        layers = [(bank.in_features, bank.out_features) for bank in self.banks.values()]
+        found = costs(layers, self.adafuse_config, tokens, self.get_base_model().dtype.itemsize)
+        text = explain(found, resolve(self.execution, 1, tokens, needs_grad=False), tokens)
+        print(text)
+        return text
 
     def forward(self, *args, output_router_logits: bool | None = None, **kwargs):
         """The base's forward, adapters included.
@@ -211,6 +250,7 @@ class AdaFuseModel(PeftSurface):
     def detach(self):
         """Take the adapter off: the base as it was before, same modules, same flags. This object is of no use afterwards."""
         base = self.get_base_model()
+        self._leave_switch()
         _, blocks = find_blocks(base)
         unroute_blocks(blocks)
         allow_packing(self._kept_unpacked)

@@ -22,6 +22,13 @@ class BlockPlan(NamedTuple):
     chosen: Chosen
     tiles: Tiles | None
 
+    def to(self, device) -> BlockPlan:
+        """On another device, for the blocks of a model that is spread over several."""
+        if self.chosen.experts.device == device:
+            return self
+        chosen = self.chosen._replace(experts=self.chosen.experts.to(device), weights=self.chosen.weights.to(device))
+        return BlockPlan(chosen, None if self.tiles is None else self.tiles.to(device))
+
 
 class Plan:
     """Buffers for D decisions on `tokens` tokens, which `write` fills again for every step: a CUDA graph can hold them.

@@ -56,6 +56,9 @@ class Tiles:
         """One of several decisions, as views."""
         return replace(self, **{name: getattr(self, name)[decision] for name in ROUTING})
 
+    def to(self, device) -> Tiles:
+        return replace(self, **{name: getattr(self, name).to(device) for name in ROUTING})
+
     @property
     def tokens(self) -> int:
         return self.order.shape[-1]

@@ -332,38 +332,40 @@ def decode(
     adapted = chosen is not None
     shrinks = len(widths) * chosen.active if adapted else 0
     grid = (tokens * shrinks + sum(triton.cdiv(width, block_o) for width in widths),)
-    _decode_kernel[grid](
-        x,
-        tuple(base_weights),
-        tuple(banks_a) if adapted else None,
-        tuple(banks_b) if adapted else None,
-        chosen.experts if adapted else None,
-        chosen.weights if adapted else None,
-        h,
-        out,
-        x.stride(0),
-        out.stride(0),
-        chosen.num_experts * chosen.r if adapted else 0,
-        chosen.shared_scale if adapted else 0.0,
-        0,
-        widths=widths,
-        T=tokens,
-        I=features,
-        K=chosen.experts.shape[1] if adapted else 0,
-        r=chosen.r if adapted else 1,
-        S=chosen.shared_rank if adapted else 0,
-        SHRINKS=shrinks,
-        BLOCK_T=triton.next_power_of_2(tokens),
-        BLOCK_O=block_o,
-        BLOCK_I=block_i,
-        BLOCK_J=triton.next_power_of_2(chosen.active) if adapted else 1,
-        CHUNK=block_i // 4,
-        ALIGNED=_aligned(features, *base_weights, *banks_a, *banks_b) and all(w % max(8, block_o) == 0 for w in widths),
-        AFTER_PLAN=after_plan,
-        PDL=pdl,
-        num_warps=num_warps,
-        **launch_options(pdl),
-    )
+    with torch.cuda.device_of(x):
+        _decode_kernel[grid](
+            x,
+            tuple(base_weights),
+            tuple(banks_a) if adapted else None,
+            tuple(banks_b) if adapted else None,
+            chosen.experts if adapted else None,
+            chosen.weights if adapted else None,
+            h,
+            out,
+            x.stride(0),
+            out.stride(0),
+            chosen.num_experts * chosen.r if adapted else 0,
+            chosen.shared_scale if adapted else 0.0,
+            0,
+            widths=widths,
+            T=tokens,
+            I=features,
+            K=chosen.experts.shape[1] if adapted else 0,
+            r=chosen.r if adapted else 1,
+            S=chosen.shared_rank if adapted else 0,
+            SHRINKS=shrinks,
+            BLOCK_T=triton.next_power_of_2(tokens),
+            BLOCK_O=block_o,
+            BLOCK_I=block_i,
+            BLOCK_J=triton.next_power_of_2(chosen.active) if adapted else 1,
+            CHUNK=block_i // 4,
+            ALIGNED=_aligned(features, *base_weights, *banks_a, *banks_b)
+            and all(w % max(8, block_o) == 0 for w in widths),
+            AFTER_PLAN=after_plan,
+            PDL=pdl,
+            num_warps=num_warps,
+            **launch_options(pdl),
+        )
     return out
 
 
@@ -375,24 +377,25 @@ def shrink(x, banks_a, chosen: Chosen, out, *, num_warps=4):
     """
     tokens, features = x.shape
     check_features(features)
-    _shrink_kernel[(len(banks_a) * chosen.active, tokens)](
-        x,
-        tuple(banks_a),
-        chosen.experts,
-        chosen.weights,
-        out,
-        x.stride(0),
-        chosen.num_experts * chosen.r,
-        chosen.shared_scale,
-        I=features,
-        K=chosen.experts.shape[1],
-        r=chosen.r,
-        S=chosen.shared_rank,
-        BLOCK_J=1,
-        BLOCK_I=max(triton.next_power_of_2(features), 128),
-        ALIGNED=_aligned(features, *banks_a),
-        num_warps=num_warps,
-    )
+    with torch.cuda.device_of(x):
+        _shrink_kernel[(len(banks_a) * chosen.active, tokens)](
+            x,
+            tuple(banks_a),
+            chosen.experts,
+            chosen.weights,
+            out,
+            x.stride(0),
+            chosen.num_experts * chosen.r,
+            chosen.shared_scale,
+            I=features,
+            K=chosen.experts.shape[1],
+            r=chosen.r,
+            S=chosen.shared_rank,
+            BLOCK_J=1,
+            BLOCK_I=max(triton.next_power_of_2(features), 128),
+            ALIGNED=_aligned(features, *banks_a),
+            num_warps=num_warps,
+        )
     return out
 
 
@@ -404,22 +407,23 @@ def expand(h, b, chosen: Chosen, y, *, block_o=256, num_warps=4):
     """
     tokens, features = y.shape
     block_j = min(32, triton.next_power_of_2(chosen.active))
-    _expand_kernel[(triton.cdiv(features, block_o), tokens)](
-        h,
-        b,
-        chosen.experts,
-        y,
-        h.stride(0),
-        y.stride(0),
-        chosen.num_experts * chosen.r,
-        O=features,
-        K=chosen.experts.shape[1],
-        r=chosen.r,
-        S=chosen.shared_rank,
-        BLOCK_O=block_o,
-        BLOCK_J=block_j,
-        num_warps=num_warps,
-    )
+    with torch.cuda.device_of(y):
+        _expand_kernel[(triton.cdiv(features, block_o), tokens)](
+            h,
+            b,
+            chosen.experts,
+            y,
+            h.stride(0),
+            y.stride(0),
+            chosen.num_experts * chosen.r,
+            O=features,
+            K=chosen.experts.shape[1],
+            r=chosen.r,
+            S=chosen.shared_rank,
+            BLOCK_O=block_o,
+            BLOCK_J=block_j,
+            num_warps=num_warps,
+        )
     return y
 
 
