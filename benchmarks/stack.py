@@ -15,11 +15,11 @@ from adafuse.ops.route import route
 class Stack:
     """Weights and activations of the base. `weights[block][group]` [sum of widths, features], bf16."""
 
-    def __init__(self, model, tokens=1, blocks=None):
-        self.model, self.groups = model, groups(model)
-        self.blocks = blocks or SHAPES[model]["num_hidden_layers"]
+    def __init__(self, model, tokens=1, device="cuda"):
+        self.model, self.groups, self.device = model, groups(model), device
+        self.blocks = SHAPES[model]["num_hidden_layers"]
         self.hidden = SHAPES[model]["hidden_size"]
-        options = {"device": "cuda", "dtype": torch.bfloat16}
+        options = {"device": device, "dtype": torch.bfloat16}
         total = sum(sum(g.widths) * g.features for g in self.groups) * self.blocks
         self.flat = torch.empty(
             total, **options
@@ -67,6 +67,17 @@ class Stack:
         for block, index, _, x, y in self.steps():
             decode(x, self.linears(block, index), y, pdl=pdl)
 
+    def error(self):
+        """Largest relative RMS error of a group's output as the base alone, against float64 on the inputs that it had."""
+        return max(
+            relative_error(y, decode_ref(x.double(), [w.double() for w in self.linears(block, index)]))
+            for block, index, _, x, y in self.steps()
+        )
+
+
+def relative_error(got, exact):
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
 
 class Adapters:
     """Router and banks for a stack, random; `run` is a decoding step with them, routing included."""
@@ -76,7 +87,7 @@ class Adapters:
         self.decisions = stack.blocks if routing == "layer" else 1
         tokens = len(stack.x)
         ranks = num_experts * r + shared_rank
-        bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+        bf16 = {"device": stack.device, "dtype": torch.bfloat16}
         self.a = [
             [
                 [torch.empty(ranks, g.features, **bf16).normal_(std=g.features**-0.5) for _ in g.widths]
@@ -88,12 +99,14 @@ class Adapters:
             [[torch.empty(ranks, width, **bf16).normal_(std=0.02) for width in g.widths] for g in stack.groups]
             for _ in range(stack.blocks)
         ]
-        self.router = torch.randn(self.decisions * num_experts, stack.hidden, device="cuda") * 2 / stack.hidden**0.5
-        self.experts = torch.empty(self.decisions, tokens, top_k, dtype=torch.int32, device="cuda")
-        self.weights = torch.empty(self.decisions, tokens, top_k, device="cuda")
-        self.logits = torch.empty(tokens, self.decisions * num_experts, device="cuda")
+        self.router = (
+            torch.randn(self.decisions * num_experts, stack.hidden, device=stack.device) * 2 / stack.hidden**0.5
+        )
+        self.experts = torch.empty(self.decisions, tokens, top_k, dtype=torch.int32, device=stack.device)
+        self.weights = torch.empty(self.decisions, tokens, top_k, device=stack.device)
+        self.logits = torch.empty(tokens, self.decisions * num_experts, device=stack.device)
         sizes = [tokens * len(g.widths) * (top_k * r + shared_rank) for g in stack.groups] * stack.blocks
-        self.all_h = torch.empty(sum(sizes), device="cuda", dtype=torch.int32)
+        self.all_h = torch.empty(sum(sizes), device=stack.device, dtype=torch.int32)
         self.h = self.all_h.split(sizes)
 
     def chosen(self, block):
@@ -104,12 +117,13 @@ class Adapters:
 
     @property
     def num_bytes(self):
-        """Bytes of the chosen experts that one token must read, and of the router."""
+        """Bytes of the chosen experts, which one token must read beside the weights. (The router's, far fewer, are not counted.)"""
         active = self.top_k * self.r + self.shared_rank
         linear = sum((g.features + width) for g in self.stack.groups for width in g.widths)
-        return 2 * active * linear * self.stack.blocks + 4 * self.router.numel()
+        return 2 * active * linear * self.stack.blocks
 
-    def run(self, pdl=True):
+    def run(self, pdl=True, grouped=True):
+        """A step: routing, plan and all linears. grouped=False: a launch for every linear, as HuggingFace's modules call them."""
         stack = self.stack
         self.all_h.fill_(EMPTY.value)
         route(
@@ -122,19 +136,23 @@ class Adapters:
             logits=self.logits,
             pdl=pdl,
         )
+        first = True
         for step, (block, index, group, x, y) in enumerate(stack.steps()):
-            banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index]}
             h = self.h[step].view(len(x), len(group.widths), -1)
-            decode(
-                x,
-                stack.linears(block, index),
-                y,
-                **banks,
-                chosen=self.chosen(block),
-                h=h,
-                after_plan=step == 0,
-                pdl=pdl,
-            )
+            parts = [(stack.linears(block, index), self.a[block][index], self.b[block][index], h, y)]
+            if not grouped:
+                parts = list(
+                    zip(
+                        *(_apart(part) for part in parts[0][:3]),
+                        h.split(1, dim=1),
+                        y.split(group.widths, 1),
+                        strict=True,
+                    )
+                )
+            for weights, a, b, h_part, out in parts:
+                chosen = self.chosen(block)
+                decode(x, weights, out, banks_a=a, banks_b=b, chosen=chosen, h=h_part, after_plan=first, pdl=pdl)
+                first = False
 
     def error(self):
         """Largest relative RMS error of a group's output against float64 on the very inputs that the kernels had."""
@@ -142,6 +160,9 @@ class Adapters:
         for block, index, _, x, y in self.stack.steps():
             matrices = (self.stack.linears(block, index), self.a[block][index], self.b[block][index])
             double = [[m.double() for m in ms] for ms in matrices]
-            exact = decode_ref(x.double(), *double, self.chosen(block))
-            worst = max(worst, ((y.double() - exact).norm() / exact.norm()).item())
+            worst = max(worst, relative_error(y, decode_ref(x.double(), *double, self.chosen(block))))
         return worst
+
+
+def _apart(matrices):
+    return [[each] for each in matrices]

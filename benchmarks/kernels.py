@@ -1,0 +1,237 @@
+"""The kernels on the linears of whole models: decoding one token, switching weights, batches, prefill. One run, one GPU.
+
+    adafuse bench kernels --out benchmarks/results/h100/kernels.json
+    adafuse bench kernels --out /tmp/some.json --only stack --model llama-3.2-1b
+
+Random weights and inputs. Everything is a replayed CUDA graph. Decoding includes router and plan, and the experts change with
+every step; no weight is in the L2 cache, for the rest of the model has passed through it. Rows are written only if the outputs are right.
+"""
+
+import argparse
+import gc
+from functools import partial
+
+import record
+import torch
+from stack import Adapters, Batch, Stack
+from timing import best_read_times, graph_of, times
+
+from adafuse.ops.switch import Segment, SwitchTable, switch
+
+LIMIT = 1e-2  # relative RMS error of bf16 outputs
+MODELS = ("llama-2-7b", "mistral-7b", "llama-3.2-1b")
+MIXTURES = {
+    "r64": {"num_experts": 8, "r": 64, "top_k": 2},
+    "r16": {"num_experts": 8, "r": 16, "top_k": 2},
+    "fine": {"num_experts": 64, "r": 1, "top_k": 16, "routing": "layer"},
+}
+EXPERTS = (4, 8, 32, 128)
+
+
+def free():
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def scaled(samples, factor):
+    return [sample * factor for sample in samples]
+
+
+def check(name, error):
+    print(f"{name}: relative error {error:.1e}", flush=True)
+    if not error < LIMIT:
+        raise SystemExit(f"{name}: relative error {error:.1e} is over {LIMIT}; no timing is worth anything")
+
+
+# --- one token -----------------------------------------------------------------------------------------------------------
+
+
+def stack_rows(model):
+    """Backbone and mixtures, each against the time to read its bytes."""
+    stack = Stack(model)
+    case = {"model": model, "tokens": 1}
+    read = best_read_times(stack.flat)
+
+    def measure(run):
+        return times(graph_of(run).replay, stack.prepare, repeats=50)
+
+    roofline = record.row("stack/roofline", case, read, "ms")
+    cublas = record.row("stack/cublas", case, measure(stack.run_cublas), "ms", vs=roofline)
+    backbone = measure(stack.run_backbone)
+    check(f"{model} backbone", stack.error())
+    rows = [roofline, cublas, record.row("stack/backbone", case, backbone, "ms", vs=roofline)]
+    rows.append(record.row("stack/backbone_vs_cublas", case, backbone, "ms", vs=cublas))
+    for name, mixture in MIXTURES.items():
+        rows += mixture_rows(stack, name, mixture, case, read, measure)
+        free()
+    if model == MODELS[0]:
+        rows += expert_count_rows(stack, case, measure)
+    return rows
+
+
+def mixture_rows(stack, name, mixture, case, read, measure):
+    adapters = Adapters(stack, **mixture)
+    case = {**case, **mixture}
+    bound = scaled(read, 1 + adapters.num_bytes / stack.num_bytes)
+    roofline = record.row(f"stack/roofline_{name}", case, bound, "ms")
+    samples = measure(adapters.run)
+    check(f"{stack.model} {name}", adapters.error())
+    rows = [roofline, record.row(f"stack/adapters_{name}", case, samples, "ms", vs=roofline)]
+    if name == "r64":  # what HuggingFace's modules do: every linear by itself
+        apart = measure(partial(adapters.run, grouped=False))
+        rows.append(record.row(f"stack/adapters_{name}_ungrouped", case, apart, "ms", vs=roofline))
+    return rows
+
+
+def expert_count_rows(stack, case, measure):
+    """The number of experts should cost nothing at fixed K and r."""
+    rows = []
+    for num_experts in EXPERTS:
+        mixture = {"num_experts": num_experts, "r": 16, "top_k": 2}
+        adapters = Adapters(stack, **mixture)
+        first = rows[0] if rows else None
+        rows.append(
+            record.row(f"stack/adapters_E{num_experts}", {**case, **mixture}, measure(adapters.run), "ms", vs=first)
+        )
+        del adapters
+        free()
+    return rows
+
+
+# --- switching -----------------------------------------------------------------------------------------------------------
+
+
+def switch_rows(model):
+    """One launch that switches all matrices, against a copy of as many bytes and against the vendor's matmul per matrix."""
+    stack, case = Stack(model), {"model": model, "tokens": 1}
+    source = stack.flat.clone()
+    copy = record.row("copy/same_bytes", case, times(lambda: stack.flat.copy_(source), repeats=20), "ms")
+    rows = [copy]
+    for r in (64, 16):
+        adapters = Adapters(stack, num_experts=8, r=r, top_k=2)
+        mixture = {**case, "num_experts": 8, "r": r, "top_k": 2}
+        routings = [routing(seed) for seed in (0, 1)]
+        if r == 64:
+            vendor = vendor_rows(stack, adapters, source, mixture, copy)
+            rows += vendor
+        for name, table, old in (
+            ("pristine", SwitchTable(segments(stack, adapters, source), top_k=2), None),
+            ("in_place", SwitchTable(segments(stack, adapters), top_k=2), routings[1]),
+        ):
+            stack.flat.copy_(source)
+            run = partial(switch, table, *routings[0], old=old)
+            samples = times(graph_of(run, warmup=1).replay, repeats=10)
+            rows.append(record.row(f"switch/{name}_r{r}", mixture, samples, "ms", vs=copy))
+            if name == "pristine" and r == 64:
+                check("switch", switch_error(table, routings[0]))
+                rows.append(record.row("switch/pristine_r64_vs_addmm", mixture, samples, "ms", vs=vendor[0]))
+        del adapters, table
+        free()
+    return rows
+
+
+def routing(seed):
+    generator = torch.Generator().manual_seed(seed)
+    experts = torch.randperm(8, generator=generator)[:2].int()[None].cuda()
+    return experts, torch.rand(1, 2, generator=generator).cuda()
+
+
+def segments(stack, adapters, source=None):
+    """Every linear of the stack as a segment; `source` is laid out as stack.flat."""
+    found, start = [], 0
+    for block in range(stack.blocks):
+        for index in range(len(stack.groups)):
+            banks = zip(adapters.a[block][index], adapters.b[block][index], strict=True)
+            for w, (a, b) in zip(stack.linears(block, index), banks, strict=True):
+                untouched = None if source is None else source[start : start + w.numel()].view_as(w)
+                found.append(Segment(w, b, a, adapters.r, adapters.num_experts, source=untouched))
+                start += w.numel()
+    return found
+
+
+def vendor_rows(stack, adapters, source, case, copy):
+    """The chosen experts concatenated beforehand, then one addmm a matrix, or a matmul and an addition."""
+    found = segments(stack, adapters, source)
+    chosen = torch.arange(2 * adapters.r)
+    factors = [(s.left[chosen].T.contiguous(), s.right[chosen].contiguous()) for s in found]
+
+    def addmm():
+        for s, (left, right) in zip(found, factors, strict=True):
+            torch.addmm(s.source, left, right, out=s.weight)
+
+    def naive():
+        for s, (left, right) in zip(found, factors, strict=True):
+            torch.add(s.source, left @ right, out=s.weight)
+
+    return [
+        record.row(f"switch/{name}_per_matrix", case, times(graph_of(run, warmup=1).replay, repeats=10), "ms", vs=copy)
+        for name, run in (("addmm", addmm), ("naive", naive))
+    ]
+
+
+def switch_error(table, chosen):
+    """Of the first and the last segment, against float64."""
+    experts, weights = chosen
+    worst = 0.0
+    for s in (table.segments[0], table.segments[-1]):
+        rows = (experts[0].long()[:, None] * s.r + torch.arange(s.r, device="cuda")).flatten()
+        left = s.left[rows].double() * weights[0].double().repeat_interleave(s.r)[:, None]
+        exact = s.source.double() + left.T @ s.right[rows].double()
+        worst = max(worst, ((s.weight.double() - exact).norm() / exact.norm()).item())
+    return worst
+
+
+# --- batches -------------------------------------------------------------------------------------------------------------
+
+
+def batch_rows(model, tokens, name, repeats):
+    """Tokens that choose different experts, against the vendor's matmuls of the base alone."""
+    stack, case = Stack(model, tokens=tokens), {"model": model, "tokens": tokens}
+    base = record.row(f"{name}_backbone", case, times(graph_of(stack.run_cublas).replay, stack.prepare, repeats), "ms")
+    rows = [base]
+    for r in (16, 64):
+        mixture = {"num_experts": 8, "r": r, "top_k": 2}
+        batch = Batch(stack, **mixture)
+        for form, run in batch.forms().items():
+            samples = times(graph_of(run, warmup=1).replay, stack.prepare, repeats)
+            check(f"{name} r {r} {form}", batch.error())
+            allowed = {
+                "ratio_of_bytes": round(batch.ratio_of_bytes(), 3),
+                "ratio_of_flops": round(batch.ratio_of_flops(), 3),
+            }
+            suffix = "" if form == batch.chosen_form() else f"_{form}"
+            rows.append(
+                record.row(f"{name}_r{r}{suffix}", {**case, **mixture, "form": form, **allowed}, samples, "ms", vs=base)
+            )
+        del batch
+        free()
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    parser.add_argument("--only", choices=("stack", "switch", "batch"), help="some of the rows")
+    parser.add_argument("--model", choices=MODELS, help="of one model; default: all (switch and batches of the first)")
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    rows = []
+    for model in [args.model] if args.model else MODELS:
+        if args.only in (None, "stack"):
+            rows += stack_rows(model)
+            free()
+        if model == (args.model or MODELS[0]):
+            if args.only in (None, "switch"):
+                rows += switch_rows(model)
+                free()
+            if args.only in (None, "batch"):
+                for tokens in (32, 256):
+                    rows += batch_rows(model, tokens, f"batch/T{tokens}", 20)
+                    free()
+                rows += batch_rows(model, 2048, "prefill/T2048", 8)
+                free()
+    record.write(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()
