@@ -18,6 +18,7 @@ SIZES = [
     (2, 63, (17, 5, 9), 6, 16, 2, 0),
     (7, 64, (40,), 1, 16, 1, 2),
     (8, 40, (8, 24), 64, 1, 16, 0),
+    (1, 40, (24,), 256, 1, 16, 0),
 ]
 BIG = [
     (1, 4096, (4096, 1024, 1024), 8, 64, 2, 0),
@@ -129,3 +130,30 @@ def test_the_references_equal_the_loop(size):
     assert relative_error(y, torch.cat([each for _, each in exact], -1)) < 1e-5
     delta = expand_ref(h[:, 0], banks_b[0], chosen)
     assert relative_error(x @ weights[0].T + delta, exact[0][1]) < 1e-5
+
+
+def broken(**changes):
+    """decode's arguments for a small case, one of them wrong."""
+    x, weights, banks_a, banks_b, chosen = a_case(2, 64, (32, 16), 4, 2, 2, 0, torch.float32)
+    arguments = {"x": x, "base_weights": weights, "banks_a": banks_a, "banks_b": banks_b, "chosen": chosen}
+    arguments |= {"out": nan(2, 48), "h": empty(2, 2, chosen.active)}
+    return arguments | {name: change(arguments[name]) for name, change in changes.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": lambda x: x.repeat(5, 1)}, r"1 to 8 tokens .* got \[10, 64\]"),
+        ({"x": lambda x: x.T.contiguous().T}, "its last axis contiguous"),
+        ({"x": lambda x: x[:, :40]}, r"base_weights has shape \[32, 64\], but x has 40 features"),
+        ({"x": lambda x: x.bfloat16()}, "base_weights is torch.float32 .* x is torch.bfloat16"),
+        ({"base_weights": lambda ws: [w.T.contiguous().T for w in ws]}, "must be a contiguous matrix"),
+        ({"banks_b": lambda bs: [b[:5].contiguous() for b in bs]}, "banks_b has 5 rows, but the routing is of 8 ranks"),
+        ({"h": lambda h: h[:, :1]}, r"h must be contiguous int32 \[2, 2, 4\]"),
+        ({"h": lambda _: None}, "h must be contiguous int32"),
+        ({"base_weights": lambda ws: [w.requires_grad_() for w in ws]}, "no backward pass"),
+    ],
+)
+def test_what_the_kernels_cannot_read_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        decode(**broken(**changes))

@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from triton import cdiv, next_power_of_2
 
+from adafuse.ops.gradients import refuse_gradients
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 KEY_BITS = 62  # of an int64, leaving the sign alone
 ROUTING = ["order", "gates", "counts", "blocks"]  # may be views of one decision of several, at any address
@@ -439,7 +441,7 @@ def _expand_shape(h, features, tiles):
 
 def _check_shrink(x, a, tiles, out):
     _check_tiles(tiles)
-    _check_no_grad(x, *a, tiles.gates)
+    refuse_gradients(x, *a, tiles.gates)
     if x.dim() != 2 or x.shape[0] != tiles.tokens:
         raise ValueError(f"x is {list(x.shape)}, needs [T, I] with the {tiles.tokens} tokens of the routing")
     for part in a:
@@ -450,7 +452,7 @@ def _check_shrink(x, a, tiles, out):
 
 def _check_expand(h, b, tiles, y):
     _check_tiles(tiles)
-    _check_no_grad(h, *b, *y)
+    refuse_gradients(h, *b, *y)
     if len(b) != len(y):
         raise ValueError(f"{len(b)} tensors b for {len(y)} outputs y")
     _check("h", h, tiles.h_shape(len(b)), h.dtype)
@@ -464,11 +466,6 @@ def _check_expand(h, b, tiles, y):
 def _check_tiles(tiles):
     if tiles.order.dim() != 1:
         raise ValueError(f"{list(tiles.order.shape[:-1])} routing decisions were given; choose one: tiles[d]")
-
-
-def _check_no_grad(*tensors):
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise ValueError("these kernels have no backward pass: use add_delta for gradients, or torch.no_grad()")
 
 
 def _check(name, tensor, shape, dtype):

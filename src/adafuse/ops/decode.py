@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from adafuse.ops.chosen import Chosen
+from adafuse.ops.gradients import refuse_gradients
 
 MAX_TOKENS = 8
 MAX_FEATURES = 65536
@@ -323,8 +324,8 @@ def decode(
     out [T, O_1 + ... + O_M], written whole, the linears' outputs side by side. Summed in fp32. after_plan: the kernel ahead
     in the stream is the one that writes `chosen`. No host sync, no allocation: safe inside a CUDA graph.
     """
+    _check(x, chosen, h, base_weights=base_weights, banks_a=banks_a, banks_b=banks_b, out=(out,))
     tokens, features = x.shape
-    check_features(features)
     widths = tuple(len(w) for w in base_weights)
     block_i = max(triton.next_power_of_2(features), 128)
     num_warps = 4 if block_i <= 4096 else 8 if block_i <= 16384 else 16
@@ -375,8 +376,8 @@ def shrink(x, banks_a, chosen: Chosen, out, *, num_warps=4):
     x [T, I], its last axis contiguous; banks_a: for each linear of the group [R, I], the dtype of x; out [T, M, J] int32: the bits of
     fp32 numbers, written whole. Summed in fp32. No host sync, no allocation: safe inside a CUDA graph.
     """
+    _check(x, chosen, out, banks_a=banks_a)
     tokens, features = x.shape
-    check_features(features)
     with torch.cuda.device_of(x):
         _shrink_kernel[(len(banks_a) * chosen.active, tokens)](
             x,
@@ -427,10 +428,30 @@ def expand(h, b, chosen: Chosen, y, *, block_o=256, num_warps=4):
     return y
 
 
-def check_features(features):
-    """ValueError for rows longer than the registers of a program hold."""
-    if features > MAX_FEATURES:
-        raise ValueError(f"the decode kernels take linears of up to {MAX_FEATURES} input features, got {features}")
+def _check(x, chosen, h, **matrices):
+    """ValueError for what the kernels cannot read. `matrices`: by name, tuples of one each linear."""
+    refuse_gradients(x, *(m for group in matrices.values() for m in group), *([chosen.weights] if chosen else []))
+    if x.dim() != 2 or not 1 <= len(x) <= MAX_TOKENS or x.shape[1] > MAX_FEATURES or x.stride(1) != 1:
+        raise ValueError(
+            f"x must be [T, I] of 1 to {MAX_TOKENS} tokens and up to {MAX_FEATURES} features, its last axis contiguous; got "
+            f"{list(x.shape)} with strides {x.stride()}"
+        )
+    for name, group in matrices.items():
+        for m in group:
+            if m.dtype != x.dtype or m.device != x.device:
+                raise ValueError(f"{name} is {m.dtype} on {m.device}, x is {x.dtype} on {x.device}; they must agree")
+            if m.dim() != 2 or m.stride(1) != 1 or (name != "out" and not m.is_contiguous()):
+                raise ValueError(
+                    f"{name} has shape {list(m.shape)} and strides {m.stride()}; it must be a contiguous matrix"
+                )
+            if name in ("base_weights", "banks_a") and m.shape[1] != x.shape[1]:
+                raise ValueError(f"{name} has shape {list(m.shape)}, but x has {x.shape[1]} features")
+            if chosen and name.startswith("banks") and len(m) != chosen.ranks:
+                raise ValueError(f"{name} has {len(m)} rows, but the routing is of {chosen.ranks} ranks")
+    if chosen:
+        linears = len(matrices["banks_a"])
+        if h is None or h.shape != (len(x), linears, chosen.active) or h.dtype != torch.int32 or not h.is_contiguous():
+            raise ValueError(f"h must be contiguous int32 [{len(x)}, {linears}, {chosen.active}]")
 
 
 def _aligned(features, *matrices):

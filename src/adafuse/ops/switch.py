@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from adafuse.ops.gradients import refuse_gradients
+
 _FIELDS = tl.constexpr(10)  # int64 numbers of a segment in the table, in the order in which the kernel reads them
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -131,7 +133,7 @@ def switch(table: SwitchTable, experts, weights, *, old=None, shared_scale: floa
     old_experts, old_weights = (experts, weights) if old is None else old
     _check_routing(table, experts, weights)
     _check_routing(table, old_experts, old_weights)
-    _check_no_grad(table, weights)
+    refuse_gradients(weights, *(t for s in table.segments for t in s.tensors.values()))
     tile, dtype = table.tile, _DTYPES[table.dtype]
     _switch_kernel[(len(table.programs),)](
         table.table,
@@ -276,16 +278,6 @@ def _check_routing(table, experts, weights):
             raise ValueError(
                 f"{what} has shape {list(tensor.shape)}, the table needs [decisions >= {table.num_decisions}, {table.top_k}]"
             )
-
-
-def _check_no_grad(table, weights):
-    if not torch.is_grad_enabled():
-        return
-    if weights.requires_grad or any(t.requires_grad for s in table.segments for t in s.tensors.values()):
-        raise ValueError(
-            "switch has no backward pass, and gradients are on: run it under torch.no_grad() or torch.inference_mode(), "
-            "or train with another execution"
-        )
 
 
 # --- kernel -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,71 @@
+"""Every kernel once, at small and odd sizes: what compute-sanitizer watches. Run by test_gpu_kernels.py, not a test of its own."""
+
+import torch
+
+from adafuse.ops.batch import add_delta_tiles, lay_out
+from adafuse.ops.chosen import Chosen
+from adafuse.ops.decode import EMPTY, decode, expand, shrink
+from adafuse.ops.route import route
+from adafuse.ops.switch import Segment, SwitchTable, switch
+
+
+def normal(*shape):
+    return torch.randn(shape, device="cuda").bfloat16()
+
+
+def experts_of(tokens, num_experts, top_k):
+    return torch.rand(tokens, num_experts, device="cuda").argsort(-1)[:, :top_k].int()
+
+
+def a_decode(tokens, features, widths, num_experts, r, top_k, shared):
+    ranks = num_experts * r + shared
+    weights = torch.rand(tokens, top_k, device="cuda")
+    chosen = Chosen(experts_of(tokens, num_experts, top_k), weights, num_experts, r, shared, 0.5)
+    x, base = normal(tokens, features), [normal(o, features) for o in widths]
+    banks = {"banks_a": [normal(ranks, features) for _ in widths], "banks_b": [normal(ranks, o) for o in widths]}
+    h = torch.full((tokens, len(widths), chosen.active), EMPTY.value, dtype=torch.int32, device="cuda")
+    decode(x, base, normal(tokens, sum(widths)), **banks, chosen=chosen, h=h)
+    decode(x, base, normal(tokens, sum(widths)))
+    shrink(x, banks["banks_a"], chosen, h)
+    expand(h[:, 0], banks["banks_b"][0], chosen, normal(tokens, widths[0]))
+
+
+def a_batch(tokens, features, widths, num_experts, r, top_k, shared):
+    ranks = num_experts * r + shared
+    routing = experts_of(tokens, num_experts, top_k), torch.rand(tokens, top_k, device="cuda")
+    tiles = lay_out(*routing, num_experts=num_experts, r=r, shared_rank=shared)
+    a, b = [normal(ranks, features) for _ in widths], [normal(ranks, o) for o in widths]
+    add_delta_tiles([normal(tokens, o) for o in widths], normal(tokens, features), a, b, tiles)
+
+
+def a_switch():
+    experts, weights = experts_of(1, 6, 2), torch.rand(1, 2, device="cuda")
+    for pristine in (True, False):
+        segments = [
+            Segment(
+                w, normal(6 * r, w.shape[0]), normal(6 * r, w.shape[1]), r, 6, source=w.clone() if pristine else None
+            )
+            for w, r in ((normal(63, 40), 4), (normal(17, 129), 1), (normal(256, 192), 16))
+        ]
+        table = SwitchTable(segments, top_k=2)
+        switch(table, experts, weights)
+        switch(table, experts_of(1, 6, 2), weights, old=(experts, weights))
+
+
+def a_route():
+    experts = torch.empty(3, 2, 2, dtype=torch.int32, device="cuda")
+    weights, logits = torch.empty(3, 2, 2, device="cuda"), torch.empty(2, 21, device="cuda")
+    router = torch.randn(21, 63, device="cuda")
+    route(torch.randn(2, 63, device="cuda"), router, experts, weights, num_experts=7, scale=2.0, logits=logits)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    a_decode(1, 64, (32, 16), 8, 4, 2, 0)
+    a_decode(3, 63, (17, 5, 9), 6, 1, 6, 3)
+    a_decode(1, 256, (64,), 8, 16, 2, 0)
+    a_batch(33, 63, (17, 40), 6, 4, 2, 3)
+    a_batch(130, 128, (64,), 8, 16, 2, 0)
+    a_switch()
+    a_route()
+    torch.cuda.synchronize()

@@ -1,0 +1,145 @@
+"""What only a GPU can show of the kernels: early launches that wait, graphs without host sync, compute-sanitizer's verdict."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_decode_op import a_case, empty, nan, relative_error
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from adafuse.ops.decode import decode, decode_ref
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+LATE = 200_000  # nanoseconds
+SIZE = (1, 4096, (2048, 512), 8, 16, 2, 0)
+
+
+@triton.jit
+def _clock():
+    return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
+
+
+@triton.jit
+def _late_copy_kernel(source, target, count, nanoseconds, BLOCK: tl.constexpr):
+    """Lets its dependents start at once, and writes much later."""
+    tl.extra.cuda.gdc_launch_dependents()
+    start = _clock()
+    while _clock() - start < nanoseconds:
+        pass
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + i, tl.load(source + i, mask=i < count), mask=i < count)
+
+
+@triton.jit
+def _copy_kernel(source, target, count, BLOCK: tl.constexpr, WAIT: tl.constexpr):
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + i, tl.load(source + i, mask=i < count), mask=i < count)
+
+
+def write_late(target, source):
+    count = source.numel()
+    _late_copy_kernel[(triton.cdiv(count, 1024),)](source, target, count, LATE, BLOCK=1024)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_the_delay_catches_a_kernel_that_does_not_wait(wait):
+    """Without this the tests below could not fail."""
+    source, late, seen = torch.randn(1024, device="cuda"), nan(1024), nan(1024)
+    torch.cuda.synchronize()
+    write_late(late, source)
+    _copy_kernel[(1,)](late, seen, 1024, BLOCK=1024, WAIT=wait, launch_pdl=True)
+    torch.cuda.synchronize()
+    assert torch.equal(seen, source) == wait
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("times", range(5))
+def test_decode_waits_for_its_input_and_passes_the_wait_on(adapted, times):
+    """A late x; a first decode that reads it, and a second that reads the first one's output and the late x's neighbour."""
+    x, weights, banks_a, banks_b, chosen = a_case(*SIZE, torch.bfloat16)
+    back = [torch.randn(4096, 2560, device="cuda").bfloat16() / 50]
+    late, first, second = nan(*x.shape, dtype=x.dtype), nan(1, 2560, dtype=x.dtype), nan(1, 4096, dtype=x.dtype)
+    mixture = (
+        {"banks_a": banks_a, "banks_b": banks_b, "chosen": chosen, "h": empty(1, 2, chosen.active)} if adapted else {}
+    )
+    decode(
+        x, weights, first.clone(), **{**mixture, "h": empty(1, 2, chosen.active)} if adapted else {}
+    )  # compiled ahead
+    decode(first, back, second.clone(), pdl=True)
+    torch.cuda.synchronize()
+    write_late(late, x)
+    decode(late, weights, first, **mixture, pdl=True)
+    decode(first, back, second, pdl=True)
+    torch.cuda.synchronize()
+    double = [[m.double() for m in ms] for ms in (weights, banks_a, banks_b)]
+    exact = decode_ref(x.double(), *double, chosen) if adapted else decode_ref(x.double(), double[0])
+    assert relative_error(first, exact.cpu()) < 1e-2
+    assert relative_error(second, decode_ref(first.double(), [back[0].double()]).cpu()) < 1e-2
+
+
+@pytest.mark.parametrize("times", range(5))
+def test_decode_after_the_plan_waits_for_it(times):
+    """Experts and weights come late; neither this kernel nor the one behind it may use the ones before."""
+    x, weights, banks_a, banks_b, chosen = a_case(*SIZE, torch.bfloat16)
+    late = chosen._replace(
+        experts=torch.zeros_like(chosen.experts), weights=torch.full_like(chosen.weights, float("nan"))
+    )
+    outs = [nan(1, 2560, dtype=x.dtype) for _ in range(2)]
+    banks = {"banks_a": banks_a, "banks_b": banks_b, "pdl": True}
+    hs = [empty(1, 2, chosen.active) for _ in range(2)]
+    torch.cuda.synchronize()
+    write_late(late.experts, chosen.experts)
+    write_late(late.weights, chosen.weights)
+    for n, out in enumerate(outs):
+        decode(x, weights, out, **banks, chosen=late, h=hs[n], after_plan=n == 0)
+    torch.cuda.synchronize()
+    double = [[m.double() for m in ms] for ms in (weights, banks_a, banks_b)]
+    exact = decode_ref(x.double(), *double, chosen).cpu()
+    for out in outs:
+        assert relative_error(out, exact) < 1e-2
+
+
+def test_decode_runs_in_a_graph_without_host_sync():
+    x, weights, banks_a, banks_b, chosen = a_case(*SIZE, torch.bfloat16)
+    out, h = nan(1, 2560, dtype=x.dtype), empty(1, 2, chosen.active)
+
+    def step():
+        h.fill_(-1)
+        decode(x, weights, out, banks_a=banks_a, banks_b=banks_b, chosen=chosen, h=h, pdl=True)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    double = [[m.double() for m in ms] for ms in (weights, banks_a, banks_b)]
+    for _ in range(20):
+        x.normal_()
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert relative_error(out, decode_ref(x.double(), *double, chosen).cpu()) < 1e-2
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        pytest.skip("compute-sanitizer is not installed")
+    script = Path(__file__).with_name("sanitized.py")
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, str(script)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
