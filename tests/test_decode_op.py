@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from adafuse.ops.chosen import Chosen
-from adafuse.ops.decode import EMPTY, decode, decode_ref, expand, expand_ref, shrink, shrink_ref
+from adafuse.ops.decode import EMPTY, Tile, decode, decode_ref, expand, expand_ref, shrink, shrink_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative RMS
@@ -109,6 +109,14 @@ def test_the_kernels_equal_the_loop(size, dtype):
 
 def test_tokens_that_choose_the_same_experts():
     check((3, 64, (32,), 8, 4, 2, 0), torch.float32, kind="identical")
+
+
+@pytest.mark.parametrize(
+    "tile", [Tile(4, 4, chunks=2, block_j=4), Tile(1, 8, chunks=8, block_j=2), Tile(16, 4, chunks=1)]
+)
+@pytest.mark.parametrize("size", SIZES[1:3], ids=str)
+def test_tiles_change_nothing(size, tile):
+    check(size, torch.float32, tile=tile)
 
 
 @pytest.mark.gpu

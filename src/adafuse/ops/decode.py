@@ -22,6 +22,8 @@ T tokens, K experts a token, J active ranks a token, R ranks in all, I and O fea
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -31,7 +33,7 @@ from adafuse.ops.gradients import refuse_gradients
 
 MAX_TOKENS = 8
 MAX_FEATURES = 65536
-WARP_TILE = 4096  # elements of W a warp holds: 64 registers a thread in 16-bit dtypes
+WARP_BYTES = 8192  # of W that a warp holds: 64 registers a thread
 EMPTY = tl.constexpr(-1)  # the bits of a NaN that no computation makes
 QUIET_NAN = tl.constexpr(0x7FC00000)
 
@@ -164,11 +166,16 @@ def _tile_of(pid, base_weights, widths: tl.constexpr, BLOCK_O: tl.constexpr):
 
 
 @triton.jit
-def _once_written(pointers, mask):
-    """The values of h at `pointers`, as soon as none of them is EMPTY. volatile: what other programs write meanwhile."""
-    bits = tl.load(pointers, mask=mask, other=0, volatile=True)
+def _look(pointers, mask):
+    """The bits of h that are there now. volatile: other programs write them meanwhile."""
+    return tl.load(pointers, mask=mask, other=0, volatile=True)
+
+
+@triton.jit
+def _once_written(bits, pointers, mask):
+    """The values of h at `pointers`, as soon as none of them is EMPTY; `bits` is the first look at them."""
     while tl.max((bits == EMPTY).to(tl.int32), 0) != 0:
-        bits = tl.load(pointers, mask=mask, other=0, volatile=True)
+        bits = _look(pointers, mask)
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -198,12 +205,13 @@ def _decode_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    BLOCK_SHRINK: tl.constexpr,
     CHUNK: tl.constexpr,
     ALIGNED: tl.constexpr,
     AFTER_PLAN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The first SHRINKS * T programs compute h, a rank and token each; the others BLOCK_O outputs of one linear for all tokens."""
+    """The first SHRINKS * T programs compute h, BLOCK_SHRINK ranks of a token each; the others BLOCK_O outputs of a linear, all tokens."""
     J: tl.constexpr = K * r + S
     pid = tl.program_id(0)
     if PDL and AFTER_PLAN:
@@ -214,7 +222,7 @@ def _decode_kernel(
         if pid < SHRINKS * T:
             _shrink_block(
                 x, banks_a, experts, weights, h, stride_x, shared_row, shared_scale, pid % SHRINKS, pid // SHRINKS,
-                I, K, r, S, 1, BLOCK_I, ALIGNED, PDL and not AFTER_PLAN,
+                I, K, r, S, BLOCK_SHRINK, BLOCK_I, ALIGNED, PDL and not AFTER_PLAN,
             )  # fmt: skip
             return
     w, linear, block, column, width = _tile_of(pid - SHRINKS * T, base_weights, widths, BLOCK_O)
@@ -241,6 +249,9 @@ def _decode_kernel(
             b_tile = _columns_of_b(b, b_rows, row, j, width, J, BLOCK_O, ALIGNED)
     if PDL and not AFTER_PLAN:
         tl.extra.cuda.gdc_wait()
+    if J > 0 and T == 1:  # in all but the first programs h is there by now: a look before the products costs no time
+        h_at = h + linear * J + j
+        bits = _look(h_at, j < J)
     tokens = tl.arange(0, BLOCK_T)
     acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
     for t in tl.static_range(T):
@@ -254,7 +265,9 @@ def _decode_kernel(
             if T > 1:
                 b_rows = _rows(experts, t, shared_row, j, K, r, S)
                 b_tile = _columns_of_b(b, b_rows, row, j, width, J, BLOCK_O, ALIGNED)
-            hs = _once_written(h + (t * len(base_weights) + linear) * J + j, j < J)
+                h_at = h + (t * len(base_weights) + linear) * J + j
+                bits = _look(h_at, j < J)
+            hs = _once_written(bits, h_at, j < J)
             part = tl.sum(b_tile.to(tl.float32) * hs[:, None], 0)
             acc += tl.where(tokens[:, None] == t, part[None, :], 0.0)
     where = y + tokens[:, None] * stride_y + column + o[None, :]
@@ -312,8 +325,35 @@ def _expand_kernel(
 # --- launchers -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Tile:
+    """How `decode` cuts the work. A program holds block_o whole rows of W, asked for in `chunks` parts, or block_j rows of an A."""
+
+    block_o: int
+    num_warps: int
+    chunks: int = 4
+    block_j: int = 1
+
+    @classmethod
+    def default(cls, features: int, itemsize: int) -> Tile:
+        """As many rows as fit into the registers."""
+        columns = _columns(features)
+        num_warps = 4 if columns <= 4096 else 8 if columns <= 16384 else 16
+        return cls(max(1, min(16, WARP_BYTES * num_warps // (itemsize * columns))), num_warps)
+
+
 def decode(
-    x, base_weights, out, *, banks_a=(), banks_b=(), chosen: Chosen | None = None, h=None, after_plan=False, pdl=False
+    x,
+    base_weights,
+    out,
+    *,
+    banks_a=(),
+    banks_b=(),
+    chosen: Chosen | None = None,
+    h=None,
+    after_plan=False,
+    pdl=False,
+    tile: Tile | None = None,
 ):
     """out[t, column(m) + o] = sum_i base_weights[m][o, i] x[t, i] + sum_j banks_b[m][row(t, j), o] h[t, m, j], with
 
@@ -327,12 +367,10 @@ def decode(
     _check(x, chosen, h, base_weights=base_weights, banks_a=banks_a, banks_b=banks_b, out=(out,))
     tokens, features = x.shape
     widths = tuple(len(w) for w in base_weights)
-    block_i = max(triton.next_power_of_2(features), 128)
-    num_warps = 4 if block_i <= 4096 else 8 if block_i <= 16384 else 16
-    block_o = max(1, min(16, WARP_TILE * num_warps // block_i))
+    tile = tile or Tile.default(features, x.element_size())
     adapted = chosen is not None
-    shrinks = len(widths) * chosen.active if adapted else 0
-    grid = (tokens * shrinks + sum(triton.cdiv(width, block_o) for width in widths),)
+    shrinks = len(widths) * triton.cdiv(chosen.active, tile.block_j) if adapted else 0
+    grid = (tokens * shrinks + sum(triton.cdiv(width, tile.block_o) for width in widths),)
     with torch.cuda.device_of(x):
         _decode_kernel[grid](
             x,
@@ -356,15 +394,16 @@ def decode(
             S=chosen.shared_rank if adapted else 0,
             SHRINKS=shrinks,
             BLOCK_T=triton.next_power_of_2(tokens),
-            BLOCK_O=block_o,
-            BLOCK_I=block_i,
+            BLOCK_O=tile.block_o,
+            BLOCK_I=_columns(features),
             BLOCK_J=triton.next_power_of_2(chosen.active) if adapted else 1,
-            CHUNK=block_i // 4,
+            BLOCK_SHRINK=tile.block_j,
+            CHUNK=_columns(features) // tile.chunks,
             ALIGNED=_aligned(features, *base_weights, *banks_a, *banks_b)
-            and all(w % max(8, block_o) == 0 for w in widths),
+            and all(w % max(8, tile.block_o) == 0 for w in widths),
             AFTER_PLAN=after_plan,
             PDL=pdl,
-            num_warps=num_warps,
+            num_warps=tile.num_warps,
             **launch_options(pdl),
         )
     return out
@@ -393,7 +432,7 @@ def shrink(x, banks_a, chosen: Chosen, out, *, num_warps=4):
             r=chosen.r,
             S=chosen.shared_rank,
             BLOCK_J=1,
-            BLOCK_I=max(triton.next_power_of_2(features), 128),
+            BLOCK_I=_columns(features),
             ALIGNED=_aligned(features, *banks_a),
             num_warps=num_warps,
         )
@@ -452,6 +491,11 @@ def _check(x, chosen, h, **matrices):
         linears = len(matrices["banks_a"])
         if h is None or h.shape != (len(x), linears, chosen.active) or h.dtype != torch.int32 or not h.is_contiguous():
             raise ValueError(f"h must be contiguous int32 [{len(x)}, {linears}, {chosen.active}]")
+
+
+def _columns(features):
+    """A row of W, padded to what a program can hold."""
+    return max(triton.next_power_of_2(features), 128)
 
 
 def _aligned(features, *matrices):
