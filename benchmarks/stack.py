@@ -7,9 +7,13 @@ and together far larger than the L2 cache. What a model has between the linears 
 import torch
 from shapes import SHAPES, groups
 
+from adafuse.ops.batch import add_delta_tiles, lay_out
 from adafuse.ops.chosen import Chosen
+from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import EMPTY, decode, decode_ref
 from adafuse.ops.route import route
+
+MOST_OF_A_CROWD = 256  # tokens
 
 
 class Stack:
@@ -79,33 +83,49 @@ def relative_error(got, exact):
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 
-class Adapters:
+class Banks:
+    """The experts of every linear of a stack, random: a and b [block][group][linear]."""
+
+    def __init__(self, stack, *, num_experts, r, top_k, shared_rank=0):
+        self.stack, self.num_experts, self.r, self.top_k, self.shared_rank = stack, num_experts, r, top_k, shared_rank
+        ranks = num_experts * r + shared_rank
+
+        def matrices(columns_of, std_of):
+            options = {"device": stack.device, "dtype": torch.bfloat16}
+            return [
+                [
+                    [
+                        torch.empty(ranks, columns, **options).normal_(std=std_of(columns))
+                        for columns in columns_of(group)
+                    ]
+                    for group in stack.groups
+                ]
+                for _ in range(stack.blocks)
+            ]
+
+        self.a = matrices(lambda g: [g.features] * len(g.widths), lambda columns: columns**-0.5)
+        self.b = matrices(lambda g: g.widths, lambda _: 0.02)
+
+    def bytes_of(self, experts):
+        """Bytes of so many experts, and of the shared one, in all linears."""
+        linear = sum((g.features + width) for g in self.stack.groups for width in g.widths)
+        return 2 * (experts * self.r + self.shared_rank) * linear * self.stack.blocks
+
+
+class Adapters(Banks):
     """Router and banks for a stack, random; `run` is a decoding step with them, routing included."""
 
-    def __init__(self, stack, *, num_experts, r, top_k, routing="model", shared_rank=0):
-        self.stack, self.num_experts, self.r, self.top_k, self.shared_rank = stack, num_experts, r, top_k, shared_rank
+    def __init__(self, stack, *, routing="model", **mixture):
+        super().__init__(stack, **mixture)
         self.decisions = stack.blocks if routing == "layer" else 1
-        tokens = len(stack.x)
-        ranks = num_experts * r + shared_rank
-        bf16 = {"device": stack.device, "dtype": torch.bfloat16}
-        self.a = [
-            [
-                [torch.empty(ranks, g.features, **bf16).normal_(std=g.features**-0.5) for _ in g.widths]
-                for g in stack.groups
-            ]
-            for _ in range(stack.blocks)
-        ]
-        self.b = [
-            [[torch.empty(ranks, width, **bf16).normal_(std=0.02) for width in g.widths] for g in stack.groups]
-            for _ in range(stack.blocks)
-        ]
+        tokens, num_experts, top_k = len(stack.x), self.num_experts, self.top_k
         self.router = (
             torch.randn(self.decisions * num_experts, stack.hidden, device=stack.device) * 2 / stack.hidden**0.5
         )
         self.experts = torch.empty(self.decisions, tokens, top_k, dtype=torch.int32, device=stack.device)
         self.weights = torch.empty(self.decisions, tokens, top_k, device=stack.device)
         self.logits = torch.empty(tokens, self.decisions * num_experts, device=stack.device)
-        sizes = [tokens * len(g.widths) * (top_k * r + shared_rank) for g in stack.groups] * stack.blocks
+        sizes = [tokens * len(g.widths) * (top_k * self.r + self.shared_rank) for g in stack.groups] * stack.blocks
         self.all_h = torch.empty(sum(sizes), device=stack.device, dtype=torch.int32)
         self.h = self.all_h.split(sizes)
 
@@ -118,9 +138,7 @@ class Adapters:
     @property
     def num_bytes(self):
         """Bytes of the chosen experts, which one token must read beside the weights. (The router's, far fewer, are not counted.)"""
-        active = self.top_k * self.r + self.shared_rank
-        linear = sum((g.features + width) for g in self.stack.groups for width in g.widths)
-        return 2 * active * linear * self.stack.blocks
+        return self.bytes_of(self.top_k)
 
     def run(self, pdl=True, grouped=True):
         """A step: routing, plan and all linears. grouped=False: a launch for every linear, as HuggingFace's modules call them."""
@@ -166,3 +184,90 @@ class Adapters:
 
 def _apart(matrices):
     return [[each] for each in matrices]
+
+
+class Batch(Banks):
+    """Banks for a stack of many tokens that choose different experts; each form is a step with the plan's layout included."""
+
+    def __init__(self, stack, **mixture):
+        super().__init__(stack, **mixture)
+        tokens = len(stack.x)
+        self.experts = torch.rand(tokens, self.num_experts, device=stack.device).argsort(-1)[:, : self.top_k].int()
+        self.weights = torch.rand(tokens, self.top_k, device=stack.device)
+
+    def forms(self):
+        """Name -> a function that runs the step."""
+        found = {"tiles": self.run_tiles, "tiles_first": self.run_tiles_first, "dense": self.run_dense}
+        return found | ({"crowd": self.run_crowd} if len(self.experts) <= MOST_OF_A_CROWD else {})
+
+    def ratio_of_bytes(self):
+        """Base and the experts that the batch reaches, over the base."""
+        return 1 + self.bytes_of(len(self.experts.unique())) / self.stack.num_bytes
+
+    def ratio_of_flops(self):
+        """Base and every token's own experts, over the base."""
+        return 1 + self.bytes_of(self.top_k) / self.stack.num_bytes
+
+    def tiles(self):
+        return lay_out(self.experts, self.weights, num_experts=self.num_experts, r=self.r)
+
+    def run_tiles(self):
+        """The vendor's matmul of the base; shrink and expand add to its output."""
+        tiles = self.tiles()
+        for block, index, group, x, y in self.stack.steps():
+            torch.mm(x, self.stack.weights[block][index].T, out=y)
+            add_delta_tiles(y.split(group.widths, dim=1), x, self.a[block][index], self.b[block][index], tiles)
+
+    def run_tiles_first(self):
+        """Shrink and expand write the output; the vendor's matmul adds the base while it writes."""
+        tiles = self.tiles()
+        for block, index, group, x, y in self.stack.steps():
+            add_delta_tiles(
+                y.split(group.widths, dim=1), x, self.a[block][index], self.b[block][index], tiles, add=False
+            )
+            y.addmm_(x, self.stack.weights[block][index].T)
+
+    def run_dense(self):
+        """The reference: two matmuls over all ranks, masked between them."""
+        mask = self.mask().bfloat16()
+        for block, index, group, x, y in self.stack.steps():
+            torch.mm(x, self.stack.weights[block][index].T, out=y)
+            banks = zip(self.a[block][index], self.b[block][index], strict=True)
+            for part, (a, b) in zip(y.split(group.widths, dim=1), banks, strict=True):
+                part.addmm_((x @ a.T) * mask, b)
+
+    def run_crowd(self, pdl=True, **given):
+        """One launch a group, base included. given: fields of the kernel's Cut."""
+        stack, tokens, ranks = self.stack, len(self.experts), len(self.a[0][0][0])
+        cuts = [cut_for(tokens, g.features, g.widths, ranks, **given) for g in stack.groups]
+        counts = [cut.num_flags(tokens, len(g.widths), ranks) for cut, g in zip(cuts, stack.groups, strict=True)]
+        flags = torch.zeros(sum(counts) * stack.blocks, dtype=torch.int32, device=stack.device).split(
+            counts * stack.blocks
+        )
+        partial = [torch.empty(cut.partial_shape, device=stack.device) for cut in cuts]
+        hs = [
+            torch.empty(cut.h_shape(tokens, len(g.widths), ranks), device=stack.device, dtype=torch.bfloat16)
+            for cut, g in zip(cuts, stack.groups, strict=True)
+        ]
+        gates = torch.zeros(tokens, self.num_experts + 1, device=stack.device)
+        gates.scatter_(1, self.experts.long(), self.weights)
+        for step, (block, index, _, x, y) in enumerate(stack.steps()):
+            scratch = {"h": hs[index], "partial": partial[index], "flags": flags[step], "cut": cuts[index]}
+            banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "gates": gates, "r": self.r}
+            crowd(x, stack.linears(block, index), y, **banks, **scratch, after_plan=step == 0, pdl=pdl and x.is_cuda)
+
+    def mask(self):
+        """[T, R] fp32: the weight of each rank, 0 where not chosen."""
+        dense = torch.zeros(len(self.experts), self.num_experts, device=self.stack.device)
+        return dense.scatter_(1, self.experts.long(), self.weights).repeat_interleave(self.r, dim=1)
+
+    def error(self):
+        """Largest relative RMS error of an output of the first or last block, against fp64 on the inputs that the kernels had."""
+        worst, mask = 0.0, self.mask().double()
+        for block, index, group, x, y in self.stack.steps():
+            if block in (0, self.stack.blocks - 1):
+                for m, part in enumerate(y.split(group.widths, dim=1)):
+                    w, a, b = self.stack.linears(block, index)[m], self.a[block][index][m], self.b[block][index][m]
+                    exact = x.double() @ w.double().T + ((x.double() @ a.double().T) * mask) @ b.double()
+                    worst = max(worst, relative_error(part, exact))
+        return worst

@@ -13,8 +13,9 @@ of tiles ("stream-K"): every processor gets the same number of bytes. A program 
 
 * It starts with the first steps of a tile whose last steps belong to a later program, and hands its sum over in `partial`. It ends
   with the last steps of a tile which others began, adds their sums in fixed order, and stores the tile. Whole tiles lie between.
-* So the sums and the h that a program waits for were made by programs before it in the grid: whatever the number of programs that
-  the device holds at once, nobody waits for one that cannot start. Most of the time they have long been there.
+* Programs that start late, when shrinks end and leave their places, have less to do.
+* So the sums and the h that a program waits for were made by programs before it in the grid: programs start in that order, so
+  nobody waits for one that cannot start, however few the device holds at once. Most of the time they have long been there.
 
 h and sums are handed over by flags, one for each program and each piece of h. (`decode` reads h itself until nothing of it is EMPTY.
 Here a program would have to look at T x R elements of it.)
@@ -34,15 +35,22 @@ import triton
 import triton.language as tl
 from triton import cdiv, next_power_of_2
 
+from adafuse.ops.gradients import refuse_gradients
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LINE = 128  # bytes that a prefetch asks for
+SHARED_MEMORY = 227 * 1024  # of a processor
 
 
 # --- how the work is cut ------------------------------------------------------------------------------------------------
 
 
 class Cut(NamedTuple):
-    """How a group's work is cut. block_r: ranks of a step over B and h; prefetch: features of each row asked for ahead of the input."""
+    """How a group's work is cut.
+
+    block_r: ranks of a step over B and h. late: how many of the `programs` start when the shrinks end, in their places; they share
+    the last late_steps steps. prefetch: features of each row asked for ahead of the input.
+    """
 
     block_t: int
     block_o: int
@@ -50,6 +58,8 @@ class Cut(NamedTuple):
     block_r: int
     shrinks: int
     programs: int
+    late: int
+    late_steps: int
     prefetch: int
     num_warps: int
     num_stages: int
@@ -68,36 +78,60 @@ class Cut(NamedTuple):
         return self.shrinks + self.programs, self.block_o, self.block_t
 
 
-def cut(tokens, features, widths, ranks, dtype=torch.bfloat16, *, processors=132, **given) -> Cut:
-    """The default Cut of a group of linears with `widths` outputs (ranks = 0: without adapters), but for what is `given`."""
+def cut_for(tokens, features, widths, ranks, dtype=torch.bfloat16, *, processors=132, **given) -> Cut:
+    """The default Cut of a group of linears with `widths` outputs (ranks = 0: without adapters), but for what is `given`.
+
+    given: fields of Cut, or `slots`: how many programs the device is taken to hold at once.
+    """
+    if unknown := given.keys() - {*Cut._fields, "slots"}:
+        raise ValueError(f"a Cut has no {sorted(unknown)}, only {', '.join(Cut._fields)}")
     block_t = max(16, next_power_of_2(tokens))
     if dtype == torch.float32:  # no tensor cores: small tiles
         shape = {"block_t": min(block_t, 32), "block_o": 64, "block_i": 32, "num_warps": 4, "num_stages": 3}
-        resident = 2
-    elif tokens <= 64:
-        shape = {"block_t": block_t, "block_o": 64, "block_i": 128, "num_warps": 4, "num_stages": 4}
-        resident = 2
+    elif tokens <= 64:  # bytes on their way are what counts: two programs a processor, with three steps of W each
+        stages = 4 if block_t <= 32 else 3
+        shape = {"block_t": block_t, "block_o": 64, "block_i": 128, "num_warps": 4, "num_stages": stages}
     elif tokens <= 128:
         shape = {"block_t": 128, "block_o": 128, "block_i": 64, "num_warps": 4, "num_stages": 3}
-        resident = 2
-    else:
+    else:  # what counts is how often x and W go from L2 to the processors: large tiles
         shape = {"block_t": 256, "block_o": 128, "block_i": 64, "num_warps": 8, "num_stages": 4}
-        resident = 1
     shape |= {name: value for name, value in given.items() if name in shape}
     shape["block_r"] = given.get("block_r", min(shape["block_i"], shape["block_o"], max(16, next_power_of_2(ranks))))
-    token_tiles = cdiv(tokens, shape["block_t"])
-    steps = cdiv(features, shape["block_i"])
-    tiles = sum(cdiv(width, shape["block_o"]) for width in widths) * token_tiles
-    total = tiles * (steps + cdiv(ranks, shape["block_r"]))
-    pieces = len(widths) * cdiv(ranks, shape["block_o"]) * token_tiles
+
+    stage = (shape["block_o"] + shape["block_t"]) * shape["block_i"] * dtype.itemsize
+    resident = max(1, min(SHARED_MEMORY // (stage * shape["num_stages"] + 1024), 2, 16 // shape["num_warps"] - 1))
+    slots = given.get("slots", resident * processors)
+    pieces, tiles, i_steps, r_steps = _work(shape, tokens, features, widths, ranks)
+    total = tiles * (i_steps + r_steps)
     # h must be there when the first program reaches the steps over ranks, so its programs get a third of the steps of the others,
     # but enough for the pipeline to fill.
-    each = max(4, cdiv(total, 3 * resident * processors))
-    shrinks = given.get("shrinks", pieces * max(1, steps // each))
-    programs = resident * processors - (shrinks if shrinks < processors else 0)
-    programs = given.get("programs", max(1, min(programs, cdiv(total, 4))))
-    prefetch = given.get("prefetch", 4 * shape["block_i"])
-    return Cut(**shape, shrinks=shrinks if ranks else 0, programs=programs, prefetch=prefetch)
+    each = max(4, cdiv(total, 3 * slots))
+    shrinks = given.get("shrinks", pieces * max(1, i_steps // each))
+    shrinks = min(shrinks, pieces * i_steps) if ranks else 0
+    programs = given.get("programs", min(slots, cdiv(total, 4)))
+    late = late_steps = 0
+    if 0 < shrinks < programs == slots:  # every place gets as many steps, of A and W together
+        late_steps = (total + pieces * i_steps) * shrinks // slots - pieces * i_steps
+        late = shrinks if late_steps >= 4 * shrinks else 0
+    late, late_steps = given.get("late", late), given.get("late_steps", late_steps)
+    if ranks and not late and "programs" not in given:
+        programs = min(programs, max(slots - shrinks, slots // 2))
+    return Cut(
+        **shape,
+        shrinks=shrinks,
+        programs=max(1, min(programs, total)),
+        late=late,
+        late_steps=late_steps if late else 0,
+        prefetch=given.get("prefetch", 4 * shape["block_i"]),
+    )
+
+
+def _work(shape, tokens, features, widths, ranks):
+    """Tiles of A, tiles of W, steps of each over features, of W's over ranks."""
+    token_tiles = cdiv(tokens, shape["block_t"])
+    pieces = len(widths) * cdiv(ranks, shape["block_o"]) * token_tiles
+    tiles = sum(cdiv(width, shape["block_o"]) for width in widths) * token_tiles
+    return pieces, tiles, cdiv(features, shape["block_i"]), cdiv(ranks, shape["block_r"])
 
 
 # --- reference ------------------------------------------------------------------------------------------------------------
@@ -128,7 +162,12 @@ def _dot(a, b, acc):
 def _prefetch(pointers):
     """Ask for the cache lines at `pointers`, into L2."""
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
@@ -137,7 +176,7 @@ def _look(flags):
     """Flags, and with those that are set, all that was written before them."""
     if INTERPRETED:
         return tl.load(flags, volatile=True)
-    else:
+    else:  # noqa: RET505 - what is not taken must not be compiled
         return tl.inline_asm_elementwise(
             "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [flags.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
         )
@@ -160,13 +199,22 @@ def _set(flag):
 
 
 @triton.jit
-def _owner(step, total, programs):
-    """Which program has this step: the last that starts at or before it. Program p starts at p * total // programs."""
-    return ((step + 1) * programs - 1) // total
+def _owner(step, early, early_steps, late, late_steps):
+    """Which program has this step: the last that starts at or before it.
+
+    Program p < early starts at p * early_steps // early; the late ones share the steps that follow in the same way.
+    """
+    if step < early_steps:  # noqa: SIM108 - too long for one line
+        owner = ((step + 1) * early - 1) // early_steps
+    else:
+        owner = early + ((step - early_steps + 1) * late - 1) // late_steps
+    return owner
 
 
 @triton.jit
-def _tile(base_weights, banks_a, banks_b, place, shrinking, widths: tl.constexpr, R: tl.constexpr, BLOCK_O: tl.constexpr):
+def _tile(
+    base_weights, banks_a, banks_b, place, shrinking, widths: tl.constexpr, R: tl.constexpr, BLOCK_O: tl.constexpr
+):
     """What block of rows `place` of all the linears' is a block of: its matrix, its b, its linear, block, first column, width."""
     w, b, linear, block, column, width = base_weights[0], base_weights[0], 0, place, 0, widths[0]
     if R > 0:
@@ -191,7 +239,7 @@ def _tile(base_weights, banks_a, banks_b, place, shrinking, widths: tl.constexpr
     return w, b, linear, block, column, width
 
 
-@triton.jit(do_not_specialize=["T", "shrinks"])
+@triton.jit(do_not_specialize=["T", "shrinks", "late", "late_steps"])
 def _crowd_kernel(
     x,
     base_weights,
@@ -206,7 +254,10 @@ def _crowd_kernel(
     stride_y,
     T,
     shrinks,
+    late,
+    late_steps,
     widths: tl.constexpr,
+    O_TILES: tl.constexpr,
     I: tl.constexpr,
     R: tl.constexpr,
     E: tl.constexpr,
@@ -215,7 +266,8 @@ def _crowd_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    RANKS: tl.constexpr,
+    PIECES: tl.constexpr,
     PREFETCH: tl.constexpr,
     PER_LINE: tl.constexpr,
     EVEN_O: tl.constexpr,
@@ -224,7 +276,6 @@ def _crowd_kernel(
     PDL: tl.constexpr,
 ):
     """Grid (shrinks + programs)."""
-    O_TILES: tl.constexpr = sum([(width + BLOCK_O - 1) // BLOCK_O for width in widths])
     R_TILES: tl.constexpr = (R + BLOCK_O - 1) // BLOCK_O
     I_STEPS: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     R_STEPS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
@@ -235,13 +286,18 @@ def _crowd_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     token_tiles = (T + BLOCK_T - 1) // BLOCK_T
     h_flags = flags + tl.num_programs(0)
-    index, programs, tiles, steps, shrinking = pid - shrinks, tl.num_programs(0) - shrinks, O_TILES, I_STEPS + R_STEPS, False
+    index, steps, shrinking = pid - shrinks, I_STEPS + R_STEPS, False
+    early, early_steps = tl.num_programs(0) - shrinks - late, O_TILES * token_tiles * steps - late_steps
     if R > 0:
         shrinking = pid < shrinks
         if shrinking:
-            index, programs, tiles, steps = pid, shrinks, len(base_weights) * R_TILES, I_STEPS
-    total = tiles * token_tiles * steps
-    first, end = index * total // programs, (index + 1) * total // programs
+            index, steps, late, late_steps = pid, I_STEPS, 0, 0
+            early, early_steps = shrinks, len(base_weights) * R_TILES * token_tiles * I_STEPS
+    if index < early:
+        first, end = index * early_steps // early, (index + 1) * early_steps // early
+    else:
+        first = early_steps + (index - early) * late_steps // late
+        end = early_steps + (index - early + 1) * late_steps // late
 
     if PREFETCH > 0 and PDL:
         place = (end - 1) // steps
@@ -249,8 +305,8 @@ def _crowd_kernel(
             base_weights, banks_a, banks_b, place // token_tiles, shrinking, widths, R, BLOCK_O
         )
         row = tl.minimum(block * BLOCK_O + tl.arange(0, BLOCK_O), width - 1)
-        i = tl.maximum(first - place * steps, 0) * BLOCK_I + tl.arange(0, PREFETCH // PER_LINE) * PER_LINE
-        _prefetch(w + row.to(tl.int64)[:, None] * I + tl.minimum(i, I - 1)[None, :])
+        ahead = tl.maximum(first - place * steps, 0) * BLOCK_I + tl.arange(0, PREFETCH // PER_LINE) * PER_LINE
+        _prefetch(w + row.to(tl.int64)[:, None] * I + tl.minimum(ahead, I - 1)[None, :])
     if PDL and not AFTER_PLAN:
         tl.extra.cuda.gdc_wait()
 
@@ -269,9 +325,9 @@ def _crowd_kernel(
         x_row = x + tl.minimum(t, T - 1).to(tl.int64) * stride_x
         if R > 0:  # noqa: SIM102 - nested, so that the first is decided by the compiler
             if to_step > I_STEPS and PDL:
-                rank = tl.minimum(tl.arange(0, R_STEPS * BLOCK_R if R_STEPS == 1 else 1024), R - 1)
+                b_row = tl.minimum(tl.arange(0, RANKS), R - 1)
                 for part in tl.static_range(0, BLOCK_O, PER_LINE):
-                    _prefetch(b + rank.to(tl.int64) * width + tl.minimum(block * BLOCK_O + part, width - 1))
+                    _prefetch(b + b_row.to(tl.int64) * width + tl.minimum(block * BLOCK_O + part, width - 1))
 
         acc = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
         for step in range(from_step, tl.minimum(to_step, I_STEPS)):
@@ -291,7 +347,7 @@ def _crowd_kernel(
 
         if R > 0:  # noqa: SIM102
             if to_step > I_STEPS:
-                piece = tl.minimum(tl.arange(0, BLOCK_F), R_TILES - 1)
+                piece = tl.minimum(tl.arange(0, PIECES), R_TILES - 1)
                 _wait_for(h_flags + (linear * R_TILES + piece) * token_tiles + token_tile)
                 h_row = h + (linear * token_tiles * BLOCK_T + t).to(tl.int64) * (R_TILES * BLOCK_O)
                 for step in range(tl.maximum(from_step, I_STEPS) - I_STEPS, to_step - I_STEPS):
@@ -299,26 +355,25 @@ def _crowd_kernel(
                     b_at = b + tl.minimum(rank, R - 1).to(tl.int64)[:, None] * width + o[None, :]
                     if ALIGNED:
                         b_at = tl.max_contiguous(tl.multiple_of(b_at, (1, 16)), (1, 16))
-                    if EVEN_O:
-                        b_tile = tl.load(b_at, eviction_policy="evict_first")
-                    else:
-                        b_tile = tl.load(b_at, mask=(o < width)[None, :], other=0.0)
+                    b_tile = tl.load(b_at) if EVEN_O else tl.load(b_at, mask=(o < width)[None, :], other=0.0)
                     h_tile = tl.load(h_row[:, None] + rank[None, :], cache_modifier=".cg")
                     acc = _dot(b_tile.T, h_tile.T, acc)
 
         inside = tl.arange(0, BLOCK_O)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
         if to_step < steps:
-            tl.store(partial + pid.to(tl.int64) * (BLOCK_O * BLOCK_T) + inside, acc)
+            tl.store(partial + pid * (BLOCK_O * BLOCK_T) + inside, acc)
             _set(flags + pid)
         else:
-            for other in range(pid - index + _owner(place * steps, total, programs), pid):
+            for other in range(pid - index + _owner(place * steps, early, early_steps, late, late_steps), pid):
                 _wait_for(flags + other + tl.arange(0, 1))
-                acc += tl.load(partial + other.to(tl.int64) * (BLOCK_O * BLOCK_T) + inside, cache_modifier=".cg")
+                acc += tl.load(partial + other * (BLOCK_O * BLOCK_T) + inside, cache_modifier=".cg")
             if shrinking:
                 if R > 0:
                     expert = tl.minimum(o // r, E)
                     gate = tl.load(
-                        gates + t[None, :] * (E + 1) + expert[:, None], mask=(t < T)[None, :] & (o < R)[:, None], other=0.0
+                        gates + t[None, :] * (E + 1) + expert[:, None],
+                        mask=(t < T)[None, :] & (o < R)[:, None],
+                        other=0.0,
                     )
                     h_at = (linear * token_tiles * BLOCK_T + t).to(tl.int64)[None, :] * (R_TILES * BLOCK_O) + o[:, None]
                     tl.store(h + h_at, (acc * gate).to(h.dtype.element_ty))
@@ -344,48 +399,128 @@ def crowd(
     then the shared expert's scale. out [T, O_1 + ... + O_M], rows may lie apart, written whole. Summed in fp32, in the same order
     every time; h is rounded to the dtype of x.
 
-    cut: how the work is cut, by default `cut(...)` for these shapes. h [cut.h_shape], partial [cut.partial_shape]: scratch, may serve
+    cut: how the work is cut, by default `cut_for` these shapes. h [cut.h_shape], partial [cut.partial_shape]: scratch, may serve
     one call after another. flags int32 [cut.num_flags]: filled with 0 before each call. after_plan: the kernel ahead in the stream is
     the one that writes `gates`. No host sync, no allocation: safe inside a CUDA graph.
     """
     base_weights, banks_a, banks_b = tuple(base_weights), tuple(banks_a), tuple(banks_b)
+    if x.dim() != 2 or x.shape[0] == 0:
+        raise ValueError(f"x is {list(x.shape)}, needs [T, I] with at least one token")
     tokens, features = x.shape
     widths = tuple(w.shape[0] for w in base_weights)
+    if gates is not None and not banks_a:
+        raise ValueError("gates were given without banks: give both, or neither for the base alone")
     ranks = banks_a[0].shape[0] if gates is not None else 0
-    cut = cut or default_cut(x, widths, ranks)
+    cut = cut or cut_for(tokens, features, widths, ranks, x.dtype, processors=_processors(x))
     _check(x, base_weights, out, banks_a, banks_b, gates, r, h, partial, flags, cut)
-    _crowd_kernel[(cut.shrinks + cut.programs,)](
-        x,
-        base_weights,
-        banks_a if ranks else None,
-        banks_b if ranks else None,
-        gates,
-        h,
-        partial,
-        flags,
-        out,
-        x.stride(0),
-        out.stride(0),
-        tokens,
-        cut.shrinks,
-        widths=widths,
-        I=features,
-        R=ranks,
-        E=gates.shape[1] - 1 if ranks else 0,
-        r=r,
-        BLOCK_T=cut.block_t,
-        BLOCK_O=cut.block_o,
-        BLOCK_I=cut.block_i,
-        BLOCK_R=cut.block_r,
-        BLOCK_F=next_power_of_2(max(1, cdiv(ranks, cut.block_o))),
-        PREFETCH=next_power_of_2(cut.prefetch) if cut.prefetch else 0,
-        PER_LINE=LINE // x.element_size(),
-        EVEN_O=all(width % cut.block_o == 0 for width in widths),
-        ALIGNED=all(m.shape[1] * m.element_size() % 16 == 0 and m.data_ptr() % 16 == 0 for m in (*base_weights, *banks_a, *banks_b)),
-        AFTER_PLAN=after_plan,
-        PDL=pdl,
-        num_warps=cut.num_warps,
-        num_stages=cut.num_stages,
-        **({"launch_pdl": True} if pdl else {}),
-    )
+    with torch.cuda.device_of(x):
+        _crowd_kernel[(cut.shrinks + cut.programs,)](
+            x,
+            base_weights,
+            banks_a if ranks else None,
+            banks_b if ranks else None,
+            gates,
+            h,
+            partial,
+            flags,
+            out,
+            x.stride(0),
+            out.stride(0),
+            tokens,
+            cut.shrinks,
+            cut.late,
+            cut.late_steps,
+            widths=widths,
+            O_TILES=sum(cdiv(width, cut.block_o) for width in widths),
+            I=features,
+            R=ranks,
+            E=gates.shape[1] - 1 if ranks else 0,
+            r=r,
+            BLOCK_T=cut.block_t,
+            BLOCK_O=cut.block_o,
+            BLOCK_I=cut.block_i,
+            BLOCK_R=cut.block_r,
+            RANKS=next_power_of_2(max(1, ranks)),
+            PIECES=next_power_of_2(max(1, cdiv(ranks, cut.block_o))),
+            PREFETCH=next_power_of_2(cut.prefetch) if cut.prefetch else 0,
+            PER_LINE=LINE // x.element_size(),
+            EVEN_O=all(width % cut.block_o == 0 for width in widths),
+            ALIGNED=all(
+                m.shape[1] * m.element_size() % 16 == 0 and m.data_ptr() % 16 == 0
+                for m in (*base_weights, *banks_a, *banks_b)
+            ),
+            AFTER_PLAN=after_plan,
+            PDL=pdl,
+            num_warps=cut.num_warps,
+            num_stages=cut.num_stages,
+            **({"launch_pdl": True} if pdl else {}),
+        )
     return out
+
+
+def _processors(tensor):
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------------
+
+
+def _check(x, base_weights, out, banks_a, banks_b, gates, r, h, partial, flags, cut):
+    refuse_gradients(*(t for t in (x, *base_weights, *banks_a, *banks_b, gates, out) if t is not None))
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"x is {x.dtype}, needs bfloat16, float16 or float32")
+    tokens, features = x.shape
+    if not base_weights:
+        raise ValueError("base_weights is empty, needs the weights of at least one linear")
+    for w in base_weights:
+        _check_tensor("a base weight", w, (w.shape[0], features), x.dtype)
+    widths = [w.shape[0] for w in base_weights]
+    _check_tensor("out", out, (tokens, sum(widths)), x.dtype, whole=False)
+    _check_tensor("x", x, (tokens, features), x.dtype, whole=False)
+    ranks = 0
+    if gates is None and (banks_a or banks_b):
+        raise ValueError("banks were given without gates: give both, or neither for the base alone")
+    if gates is not None:
+        if len(banks_a) != len(widths) or len(banks_b) != len(widths):
+            raise ValueError(f"{len(banks_a)} banks_a and {len(banks_b)} banks_b for {len(widths)} base weights")
+        ranks = banks_a[0].shape[0]
+        experts = gates.shape[-1] - 1
+        if ranks < experts * r or ranks == 0:
+            raise ValueError(f"banks of {ranks} ranks are too small for {experts} experts of rank {r}")
+        for a, b, width in zip(banks_a, banks_b, widths, strict=True):
+            _check_tensor("a bank a", a, (ranks, features), x.dtype)
+            _check_tensor("a bank b", b, (ranks, width), x.dtype)
+        _check_tensor("gates", gates, (tokens, experts + 1), torch.float32)
+        _check_tensor("h", h, cut.h_shape(tokens, len(widths), ranks), x.dtype)
+    for name in ("block_t", "block_o", "block_i", "block_r"):
+        block = getattr(cut, name)
+        if block < 16 or block & (block - 1):
+            raise ValueError(f"{name} is {block}, needs to be a power of two of at least 16")
+    if cut.block_r > cut.block_o:
+        raise ValueError(
+            f"block_r {cut.block_r} is larger than block_o {cut.block_o}: pieces of h would stay unwritten"
+        )
+    pieces, tiles, i_steps, r_steps = _work(cut._asdict(), tokens, features, widths, ranks)
+    early, early_steps = cut.programs - cut.late, tiles * (i_steps + r_steps) - cut.late_steps
+    # A program without a step would never say that it is done.
+    sound = 1 <= early <= early_steps and 0 <= cut.late <= cut.late_steps and (cut.late > 0) == (cut.late_steps > 0)
+    if not sound or not min(1, ranks) <= cut.shrinks <= pieces * i_steps:
+        raise ValueError(
+            f"the cut has {cut.programs} programs ({cut.late} late) and {cut.shrinks} shrinks: make it with cut_for these shapes"
+        )
+    _check_tensor("partial", partial, cut.partial_shape, torch.float32)
+    need = cut.num_flags(tokens, len(widths), ranks)
+    if flags.dtype != torch.int32 or flags.dim() != 1 or len(flags) < need or not flags.is_contiguous():
+        raise ValueError(f"flags are {flags.dtype} {list(flags.shape)}, need int32 [{need}] at least, contiguous")
+
+
+def _check_tensor(name, tensor, shape, dtype, whole=True):
+    """whole: no gaps between rows."""
+    if tensor is None or tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} is {'missing' if tensor is None else list(tensor.shape)}, needs {list(shape)}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}, needs {dtype}")
+    if whole and not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}, needs to be contiguous")
+    if tensor.stride(-1) != 1:
+        raise ValueError(f"{name} has strides {tensor.stride()}, its last dimension needs to be contiguous")

@@ -1,0 +1,136 @@
+"""Times the kernels with other tiles than their defaults, to choose the defaults: a row a tile, best first at the end.
+
+adafuse bench sweep --kernel decode --out /tmp/decode.json
+adafuse bench sweep --kernel crowd --tokens 32 --out /tmp/crowd.json
+"""
+
+import argparse
+import statistics
+from dataclasses import replace
+from functools import partial
+
+import record
+import torch
+from kernels import check, free, routing, segments
+from stack import Adapters, Batch, Stack
+from timing import best_read_times, graph_of, times
+
+from adafuse.ops import decode as decode_op
+from adafuse.ops.switch import SwitchTable, Tile, switch
+
+MODEL = "llama-2-7b"
+DECODE = ({}, {"chunks": 2}, {"chunks": 8}, {"block_j": 2}, {"block_j": 4}, {"chunks": 2, "block_j": 4})
+CROWD = (
+    {},
+    {"prefetch": 0},
+    {"prefetch": 1024},
+    {"late": 0, "late_steps": 0},
+    {"block_i": 64, "num_stages": 5, "slots": 396},
+    {"block_i": 64, "num_stages": 6},
+    {"block_o": 128, "block_i": 64, "num_stages": 5},
+    {"block_t": 128, "num_warps": 4, "num_stages": 3},
+    {"block_t": 128, "block_o": 256},
+)
+PRISTINE = (
+    Tile(128, 128, 16),
+    Tile(128, 128, 32),
+    Tile(128, 128, 16, num_stages=2, registers=True),
+    Tile(128, 128, 16, num_stages=3, registers=True),
+    Tile(128, 128, 16, num_stages=4),
+    Tile(128, 64, 32),
+)
+IN_PLACE = (
+    Tile(128, 64, 32),
+    Tile(128, 64, 32, num_stages=2, registers=True),
+    Tile(128, 64, 32, num_stages=3, registers=True),
+    Tile(128, 128, 16, num_stages=2, registers=True),
+    Tile(128, 128, 16, max_ranks=128, num_stages=3),
+    Tile(128, 128, 16, max_ranks=64, num_stages=4),
+)
+
+
+class Sweep:
+    """Collects rows; a tile that does not compile or compute is reported and left out."""
+
+    def __init__(self):
+        self.rows = []
+
+    def time(self, name, case, run, vs=None, prepare=lambda n: None, repeats=20, error=None):
+        try:
+            samples = times(graph_of(run, warmup=1).replay, prepare, repeats)
+            if error is not None:
+                check(name, error())
+        except Exception as failure:  # a tile too large for the device says so in many ways
+            print(f"{name} {case}: {type(failure).__name__}: {str(failure)[:200]}", flush=True)
+            return
+        self.rows.append(record.row(name, case, samples, "ms", vs=vs))
+        print(f"{statistics.median(samples):9.4f} ms  {name} {case}", flush=True)
+
+
+def sweep_decode(sweep, _):
+    stack = Stack(MODEL)
+    bound = best_read_times(stack.flat)
+    original = decode_op.Tile.default
+    for name, mixture in (("backbone", None), ("r16", (8, 16, 2)), ("r64", (8, 64, 2)), ("fine", (64, 1, 16))):
+        keys = ("num_experts", "r", "top_k")
+        adapters = mixture and Adapters(stack, **dict(zip(keys, mixture, strict=True)))
+        more = 1 + (adapters.num_bytes / stack.num_bytes if adapters else 0)
+        roofline = record.row(f"roofline_{name}", {}, [sample * more for sample in bound], "ms")
+        sweep.rows.append(roofline)
+        for changes in DECODE:
+            decode_op.Tile.default = lambda *args, changes=changes: replace(original(*args), **changes)
+            holder = adapters or stack
+            run = adapters.run if adapters else stack.run_backbone
+            sweep.time(name, changes, run, roofline, stack.prepare, 30, holder.error)
+        decode_op.Tile.default = original
+        del adapters
+        free()
+
+
+def sweep_crowd(sweep, tokens):
+    stack = Stack(MODEL, tokens=tokens)
+    base = record.row("cublas", {}, times(graph_of(stack.run_cublas).replay, stack.prepare), "ms")
+    sweep.rows.append(base)
+    for r in (16, 64):
+        batch = Batch(stack, num_experts=8, r=r, top_k=2)
+        for given in CROWD:
+            sweep.time(f"r{r}", given, partial(batch.run_crowd, **given), base, stack.prepare, 20, batch.error)
+        del batch
+        free()
+
+
+def sweep_switch(sweep, _):
+    stack = Stack(MODEL)
+    source = stack.flat.clone()
+    copy = record.row("copy", {}, times(lambda: stack.flat.copy_(source)), "ms")
+    sweep.rows.append(copy)
+    for r in (64, 16):
+        adapters = Adapters(stack, num_experts=8, r=r, top_k=2)
+        new, old = routing(0), routing(1)
+        for name, tiles, found, before in (
+            ("pristine", PRISTINE, segments(stack, adapters, source), None),
+            ("in_place", IN_PLACE, segments(stack, adapters), old),
+        ):
+            for tile in tiles:
+                table = SwitchTable(found, top_k=2, tile=tile)
+                sweep.time(f"{name}_r{r}", vars(tile), partial(switch, table, *new, old=before), copy, repeats=6)
+            stack.flat.copy_(source)
+        del adapters, found, table
+        free()
+
+
+def main():
+    kernels = {"decode": sweep_decode, "crowd": sweep_crowd, "switch": sweep_switch}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", choices=kernels, required=True)
+    parser.add_argument("--tokens", type=int, default=32, help="of the crowd")
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    sweep = Sweep()
+    kernels[args.kernel](sweep, args.tokens)
+    record.write(args.out, sorted(sweep.rows, key=lambda row: (row["name"], row["median"])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The kernels' benchmark at toy size, so that it does not rot: each way of running a stack of linears against fp64."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import shapes
+import stack
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LIMIT = 1e-2
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "toy", {**SHAPE, **HEADS})
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize(
+    "mixture", [{"num_experts": 4, "r": 2, "top_k": 2}, {"num_experts": 6, "r": 1, "top_k": 3, "routing": "layer"}]
+)
+def test_decoding_stacks(mixture):
+    toy = stack.Stack("toy", device=DEVICE)
+    toy.run_backbone(pdl=False)
+    assert toy.error() < LIMIT
+    adapters = stack.Adapters(toy, **mixture)
+    for grouped in (True, False):
+        toy.outputs[-1][-1].fill_(float("nan"))
+        adapters.run(pdl=False, grouped=grouped)
+        assert adapters.error() < LIMIT
+    active = mixture["r"] * mixture["top_k"]
+    linears = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
+    assert adapters.num_bytes == 2 * 2 * active * sum(i + o for i, o in linears)
+
+
+def test_batches_of_stacks():
+    toy = stack.Stack("toy", tokens=20, device=DEVICE)
+    batch = stack.Batch(toy, num_experts=4, r=4, top_k=2)
+    for form, run in batch.forms().items():
+        for outputs in toy.outputs:
+            for y in outputs:
+                y.fill_(float("nan"))
+        run()
+        assert batch.error() < LIMIT, form
+    assert batch.ratio_of_bytes() > batch.ratio_of_flops() > 1
+
+
+def test_the_scripts_import():
+    import kernels
+    import sweep
+
+    assert {*kernels.MODELS, sweep.MODEL} <= shapes.SHAPES.keys()
