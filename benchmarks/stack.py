@@ -254,7 +254,7 @@ class Batch(Banks):
         for step, (block, index, _, x, y) in enumerate(stack.steps()):
             scratch = {"h": hs[index], "partial": partial[index], "flags": flags[step], "cut": cuts[index]}
             banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "gates": gates, "r": self.r}
-            crowd(x, stack.linears(block, index), y, **banks, **scratch, after_plan=step == 0, pdl=pdl and x.is_cuda)
+            crowd(x, stack.linears(block, index), y, **banks, **scratch, pdl=pdl)
 
     def mask(self):
         """[T, R] fp32: the weight of each rank, 0 where not chosen."""

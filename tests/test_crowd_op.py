@@ -275,7 +275,7 @@ def test_a_chain_in_a_graph(tokens):
     def chain():
         flags.zero_()
         for n, (_, w, a, b, _) in enumerate(cases):
-            options = {"banks_a": a, "banks_b": b, "gates": gates, "r": r, "after_plan": n == 0, "pdl": True}
+            options = {"banks_a": a, "banks_b": b, "gates": gates, "r": r, "pdl": True}
             crowd(xs[n], w, xs[n + 1], flags=flags[n], **options, **buffers)
 
     chain()

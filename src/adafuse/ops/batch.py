@@ -24,8 +24,8 @@ import triton.language as tl
 from triton import cdiv, next_power_of_2
 
 from adafuse.ops.gradients import refuse_gradients
+from adafuse.ops.launch import dot, launch_options, processors
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 KEY_BITS = 62  # of an int64, leaving the sign alone
 ROUTING = ["order", "gates", "counts", "blocks"]  # may be views of one decision of several, at any address
 
@@ -192,14 +192,6 @@ def _load(rows, columns, LIMIT: tl.constexpr, WHOLE: tl.constexpr):
     return tl.load(rows[:, None] + columns[None, :], mask=(columns < LIMIT)[None, :], other=0.0)
 
 
-@triton.jit
-def _dot(a, b, acc):
-    """acc + a @ b, fp32 in full precision."""
-    if INTERPRETED:  # it would take bf16 for integers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=ROUTING)
 def _shrink_kernel(
     x, a, h, order, gates, counts, blocks, T,
@@ -238,7 +230,7 @@ def _shrink_kernel(
         i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
         x_tile = _load(x_row, i, I, I % (STEPS * SPLITS * BLOCK_I) == 0)
         a_tile = _load(a_row, i, I, I % (STEPS * SPLITS * BLOCK_I) == 0)
-        acc = _dot(x_tile, a_tile.T, acc)
+        acc = dot(x_tile, a_tile.T, acc)
 
     expert = tl.minimum(rank // RANK, E)
     gate = tl.load(
@@ -290,7 +282,7 @@ def _expand_columns(
         rank = tl.load(blocks + tile * NUM_BLOCKS + slot) * BLOCK_R + tl.arange(0, BLOCK_R)
         h_tile = tl.load(h_row + rank[None, :])
         b_tile = _load(b + tl.minimum(rank, R - 1).to(tl.int64) * O, o, O, O % BLOCK_O == 0)
-        acc = _dot(h_tile, b_tile, acc)
+        acc = dot(h_tile, b_tile, acc)
     if ADD:
         acc += tl.load(place, mask=live, other=0.0).to(tl.float32)
     tl.store(place, acc.to(y.dtype.element_ty), mask=live)
@@ -343,12 +335,12 @@ def shrink_tiles(
         _shrink_kernel[grid](
             x, a, target, tiles.order, tiles.gates, *routing, tiles.tokens,
             I=x.shape[1], R=tiles.rank, E=tiles.num_experts, RANK=tiles.r, X_ROW=x.stride(0),
-            SPLITS=splits, BLOCK_N=block_n, BLOCK_I=block_i, **blocks, **_pdl(pdl),
+            SPLITS=splits, BLOCK_N=block_n, BLOCK_I=block_i, **blocks, **launch_options(pdl),
             num_warps=num_warps or shape["num_warps"], num_stages=num_stages or shape["num_stages"],
         )  # fmt: skip
         if splits > 1:
             grid = (tiles.num_blocks, len(a), tiles.num_tiles)
-            _sum_kernel[grid](target, out, *routing, SPLITS=splits, **blocks, **_pdl(pdl), num_warps=4)
+            _sum_kernel[grid](target, out, *routing, SPLITS=splits, **blocks, **launch_options(pdl), num_warps=4)
     return out
 
 
@@ -369,7 +361,7 @@ def expand_tiles(h, b, tiles, y, *, add=True, pdl=False, block_o=None, num_warps
         _expand_kernel[grid](
             y, h, b, tiles.order, tiles.counts, tiles.blocks, tiles.tokens,
             O=features, Y_ROW=tuple(part.stride(0) for part in y), R=tiles.rank, NUM_BLOCKS=tiles.num_blocks,
-            ADD=add, BLOCK_T=tiles.block_t, BLOCK_R=tiles.block_r, BLOCK_O=block_o, **_pdl(pdl),
+            ADD=add, BLOCK_T=tiles.block_t, BLOCK_R=tiles.block_r, BLOCK_O=block_o, **launch_options(pdl),
             num_warps=num_warps or shape["num_warps"], num_stages=num_stages or shape["num_stages"],
         )  # fmt: skip
 
@@ -379,21 +371,11 @@ def add_delta_tiles(y, x, a, b, tiles, *, add=True, pdl=False):
     expand_tiles(shrink_tiles(x, a, tiles, pdl=pdl), b, tiles, y, add=add, pdl=pdl)
 
 
-def _pdl(on):
-    """Programmatic dependent launch needs the device: the interpreter has none."""
-    on = on and not INTERPRETED.value
-    return {"PDL": on, "launch_pdl": on}
-
-
 def _as_tuple(tensors):
     return (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
 
 
 # --- block sizes ----------------------------------------------------------------------------------------------------------
-
-
-def _processors(tensor):
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
 
 
 def _shrink_shape(x, modules, tiles):
@@ -417,7 +399,7 @@ def _splits(x, modules, tiles, block_n, block_i):
     units = min(tiles.num_blocks, 2 * of_a_token) * modules
     programs = tiles.num_tiles * cdiv(units * tiles.block_r, block_n)
     steps = cdiv(x.shape[1], block_i)
-    splits = min(_processors(x) // programs, steps // 4, 16)
+    splits = min(processors(x) // programs, steps // 4, 16)
     return 1 << max(0, splits.bit_length() - 1)
 
 
@@ -430,7 +412,7 @@ def _expand_shape(h, features, tiles):
     if h.dtype == torch.float32:
         return {"block_o": 32, "num_warps": 8, "num_stages": 2}
     for block_o in (128, 64):
-        if tiles.num_tiles * sum(features) >= 2 * _processors(h) * block_o:
+        if tiles.num_tiles * sum(features) >= 2 * processors(h) * block_o:
             area = tiles.block_t * block_o
             return {"block_o": block_o, "num_warps": 8 if area >= 8192 else 4, "num_stages": 3 if area > 8192 else 5}
     return {"block_o": 32, "num_warps": 4, "num_stages": 7}

@@ -35,9 +35,10 @@ import triton
 import triton.language as tl
 from triton import cdiv, next_power_of_2
 
+from adafuse.ops import launch
 from adafuse.ops.gradients import refuse_gradients
+from adafuse.ops.launch import INTERPRETED, dot
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LINE = 128  # bytes that a prefetch asks for
 SHARED_MEMORY = 227 * 1024  # of a processor
 
@@ -148,14 +149,6 @@ def crowd_ref(x, base_weights, banks_a=(), banks_b=(), gates=None, r=1):
 
 
 # --- kernel ---------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _dot(a, b, acc):
-    """acc + a @ b, fp32 in full precision."""
-    if INTERPRETED:  # it would take bf16 for integers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -272,7 +265,6 @@ def _crowd_kernel(
     PER_LINE: tl.constexpr,
     EVEN_O: tl.constexpr,
     ALIGNED: tl.constexpr,
-    AFTER_PLAN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (shrinks + programs)."""
@@ -280,8 +272,6 @@ def _crowd_kernel(
     I_STEPS: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     R_STEPS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     pid = tl.program_id(0)
-    if PDL and AFTER_PLAN:
-        tl.extra.cuda.gdc_wait()
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     token_tiles = (T + BLOCK_T - 1) // BLOCK_T
@@ -307,7 +297,7 @@ def _crowd_kernel(
         row = tl.minimum(block * BLOCK_O + tl.arange(0, BLOCK_O), width - 1)
         ahead = tl.maximum(first - place * steps, 0) * BLOCK_I + tl.arange(0, PREFETCH // PER_LINE) * PER_LINE
         _prefetch(w + row.to(tl.int64)[:, None] * I + tl.minimum(ahead, I - 1)[None, :])
-    if PDL and not AFTER_PLAN:
+    if PDL:
         tl.extra.cuda.gdc_wait()
 
     while end > first:
@@ -343,7 +333,7 @@ def _crowd_kernel(
             else:
                 w_tile = tl.load(w_at, mask=(i < I)[None, :], other=0.0, eviction_policy="evict_first")
                 x_tile = tl.load(x_at, mask=(i < I)[None, :], other=0.0)
-            acc = _dot(w_tile, x_tile.T, acc)
+            acc = dot(w_tile, x_tile.T, acc)
 
         if R > 0:  # noqa: SIM102
             if to_step > I_STEPS:
@@ -357,7 +347,7 @@ def _crowd_kernel(
                         b_at = tl.max_contiguous(tl.multiple_of(b_at, (1, 16)), (1, 16))
                     b_tile = tl.load(b_at) if EVEN_O else tl.load(b_at, mask=(o < width)[None, :], other=0.0)
                     h_tile = tl.load(h_row[:, None] + rank[None, :], cache_modifier=".cg")
-                    acc = _dot(b_tile.T, h_tile.T, acc)
+                    acc = dot(b_tile.T, h_tile.T, acc)
 
         inside = tl.arange(0, BLOCK_O)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
         if to_step < steps:
@@ -388,7 +378,7 @@ def _crowd_kernel(
 
 def crowd(
     x, base_weights, out, *, banks_a=(), banks_b=(), gates=None, r=1, h=None, partial, flags, cut=None,
-    after_plan=False, pdl=False,
+    pdl=False,
 ):  # fmt: skip
     """out[t, column(m) + o] = sum_i base_weights[m][o, i] x[t, i] + sum_rank banks_b[m][rank, o] h[t, m, rank], with
 
@@ -400,8 +390,8 @@ def crowd(
     every time; h is rounded to the dtype of x.
 
     cut: how the work is cut, by default `cut_for` these shapes. h [cut.h_shape], partial [cut.partial_shape]: scratch, may serve
-    one call after another. flags int32 [cut.num_flags]: filled with 0 before each call. after_plan: the kernel ahead in the stream is
-    the one that writes `gates`. No host sync, no allocation: safe inside a CUDA graph.
+    one call after another. flags int32 [cut.num_flags]: filled with 0 before each call. The plan may be written
+    by the kernel just ahead in the stream. No host sync, no allocation: safe inside a CUDA graph.
     """
     base_weights, banks_a, banks_b = tuple(base_weights), tuple(banks_a), tuple(banks_b)
     if x.dim() != 2 or x.shape[0] == 0:
@@ -411,7 +401,7 @@ def crowd(
     if gates is not None and not banks_a:
         raise ValueError("gates were given without banks: give both, or neither for the base alone")
     ranks = banks_a[0].shape[0] if gates is not None else 0
-    cut = cut or cut_for(tokens, features, widths, ranks, x.dtype, processors=_processors(x))
+    cut = cut or cut_for(tokens, features, widths, ranks, x.dtype, processors=launch.processors(x))
     _check(x, base_weights, out, banks_a, banks_b, gates, r, h, partial, flags, cut)
     with torch.cuda.device_of(x):
         _crowd_kernel[(cut.shrinks + cut.programs,)](
@@ -449,17 +439,11 @@ def crowd(
                 m.shape[1] * m.element_size() % 16 == 0 and m.data_ptr() % 16 == 0
                 for m in (*base_weights, *banks_a, *banks_b)
             ),
-            AFTER_PLAN=after_plan,
-            PDL=pdl,
             num_warps=cut.num_warps,
             num_stages=cut.num_stages,
-            **({"launch_pdl": True} if pdl else {}),
+            **launch.launch_options(pdl),
         )
     return out
-
-
-def _processors(tensor):
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------------

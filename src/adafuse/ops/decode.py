@@ -30,6 +30,7 @@ import triton.language as tl
 
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.gradients import refuse_gradients
+from adafuse.ops.launch import INTERPRETED, launch_options
 
 MAX_TOKENS = 8
 MAX_FEATURES = 65536
@@ -173,9 +174,32 @@ def _look(pointers, mask):
 
 @triton.jit
 def _once_written(bits, pointers, mask):
-    """The values of h at `pointers`, as soon as none of them is EMPTY; `bits` is the first look at them."""
-    while tl.max((bits == EMPTY).to(tl.int32), 0) != 0:
-        bits = _look(pointers, mask)
+    """The values of h at `pointers`, as soon as none of them is EMPTY; `bits` is the first look at them.
+
+    Each thread waits for what it holds. A vote of all would count one copy of an element that several threads hold, and let
+    the others go on with what they saw earlier.
+    """
+    if INTERPRETED:
+        while tl.max((bits == EMPTY).to(tl.int32), 0) != 0:
+            bits = _look(pointers, mask)
+    else:
+        bits = tl.inline_asm_elementwise(
+            """{
+                .reg .pred there;
+                mov.b32 $0, $2;
+            again:
+                setp.ne.s32 there, $0, -1;
+                @there bra done;
+                ld.relaxed.gpu.global.b32 $0, [$1];
+                bra again;
+            done:
+            }""",
+            "=&r,l,r",
+            [pointers.to(tl.int64), bits],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -402,7 +426,6 @@ def decode(
             ALIGNED=_aligned(features, *base_weights, *banks_a, *banks_b)
             and all(w % max(8, tile.block_o) == 0 for w in widths),
             AFTER_PLAN=after_plan,
-            PDL=pdl,
             num_warps=tile.num_warps,
             **launch_options(pdl),
         )
@@ -445,6 +468,16 @@ def expand(h, b, chosen: Chosen, y, *, block_o=256, num_warps=4):
     h [T, J] int32, the bits of fp32 numbers (a linear's part of what `shrink` made; its rows may lie apart); b [R, O] and y [T, O] of one
     dtype, the last axis of y contiguous. Summed in fp32 and rounded once. No host sync, no allocation: safe inside a CUDA graph.
     """
+    refuse_gradients(b, y, chosen.weights)
+    _check_chosen(y, chosen)
+    if b.shape != (chosen.ranks, y.shape[1]) or not b.is_contiguous() or b.device != y.device or y.stride(1) != 1:
+        raise ValueError(
+            f"b {list(b.shape)} must be contiguous [{chosen.ranks}, {y.shape[1]}] on {y.device}, and the rows of y too"
+        )
+    if h.shape != (len(y), chosen.active) or h.dtype != torch.int32 or h.stride(1) != 1:
+        raise ValueError(
+            f"h must be int32 [{len(y)}, {chosen.active}] with contiguous rows, got {h.dtype} {list(h.shape)}"
+        )
     tokens, features = y.shape
     block_j = min(32, triton.next_power_of_2(chosen.active))
     with torch.cuda.device_of(y):
@@ -487,10 +520,38 @@ def _check(x, chosen, h, **matrices):
                 raise ValueError(f"{name} has shape {list(m.shape)}, but x has {x.shape[1]} features")
             if chosen and name.startswith("banks") and len(m) != chosen.ranks:
                 raise ValueError(f"{name} has {len(m)} rows, but the routing is of {chosen.ranks} ranks")
+    if "base_weights" in matrices:
+        _check_group(x, chosen, **matrices)
     if chosen:
+        _check_chosen(x, chosen)
         linears = len(matrices["banks_a"])
         if h is None or h.shape != (len(x), linears, chosen.active) or h.dtype != torch.int32 or not h.is_contiguous():
             raise ValueError(f"h must be contiguous int32 [{len(x)}, {linears}, {chosen.active}]")
+
+
+def _check_group(x, chosen, base_weights, banks_a, banks_b, out):
+    widths = [len(w) for w in base_weights]
+    if out[0].shape != (len(x), sum(widths)):
+        raise ValueError(f"out is {list(out[0].shape)}, but {len(x)} token(s) of linears of {widths} features come out")
+    if chosen and (len(banks_a) != len(widths) or [b.shape[1] for b in banks_b] != widths):
+        raise ValueError(
+            f"{len(banks_a)} banks_a, and banks_b of {[b.shape[1] for b in banks_b]} features, for linears of {widths}"
+        )
+
+
+def _check_chosen(x, chosen):
+    for name, tensor, dtype in (("experts", chosen.experts, torch.int32), ("weights", chosen.weights, torch.float32)):
+        if (
+            tensor.shape != chosen.experts.shape
+            or len(tensor) != len(x)
+            or tensor.dtype != dtype
+            or tensor.device != x.device
+        ):
+            raise ValueError(
+                f"{name} must be {dtype} [{len(x)}, K] on {x.device}, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
 
 
 def _columns(features):
@@ -501,8 +562,3 @@ def _columns(features):
 def _aligned(features, *matrices):
     """Whether every row of these contiguous matrices starts on a 16-byte boundary."""
     return all(features * m.element_size() % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
-
-
-def launch_options(pdl):
-    """Keyword arguments that launch a kernel with or without programmatic dependent launch."""
-    return {"launch_pdl": True} if pdl else {}

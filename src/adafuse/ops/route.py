@@ -10,14 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
-from adafuse.ops.decode import launch_options
+from adafuse.ops.gradients import refuse_gradients
+from adafuse.ops.launch import launch_options
 
-RMS_EPS = 1e-6
+RMS_EPS = tl.constexpr(1e-6)
 
 
 def route_ref(h0, weight, *, num_experts, top_k, scale, hidden=None):
     """`route` in plain PyTorch, in the dtype of its inputs: experts [D, T, K] int64 and weights [D, T, K]."""
-    x = h0 * torch.rsqrt(h0.square().mean(-1, keepdim=True) + RMS_EPS)
+    x = h0 * torch.rsqrt(h0.square().mean(-1, keepdim=True) + RMS_EPS.value)
     if hidden is not None:
         x = torch.nn.functional.silu(x @ hidden.T)
     probabilities = (x @ weight.T).unflatten(-1, (-1, num_experts)).movedim(-2, 0).softmax(-1)
@@ -56,7 +57,7 @@ def _logits_kernel(
         dot += tl.sum(tile * xs[None, :], 1)
         square += tl.sum(xs * xs, 0)
     if NORM:
-        dot = dot * tl.rsqrt(square / H + 1e-6)
+        dot = dot * tl.rsqrt(square / H + RMS_EPS)
     if SILU:
         dot = dot * tl.sigmoid(dot)
     tl.store(out + token * rows + n, dot, mask=n < rows)
@@ -88,7 +89,8 @@ def _choose_kernel(
     chosen, kept = tl.zeros([BLOCK_K], tl.int32), tl.zeros([BLOCK_K], tl.float32)
     for step in tl.static_range(K):
         best = tl.max(p, 0)
-        expert = tl.min(tl.where(p == best, e, BLOCK_E), 0)  # ties: the lower index
+        # Ties: the lower index. Of NaN none is the best: still an expert that exists.
+        expert = tl.minimum(tl.min(tl.where(p == best, e, BLOCK_E), 0), E - 1)
         chosen, kept = tl.where(k == step, expert, chosen), tl.where(k == step, best, kept)
         p = tl.where(e == expert, -1.0, p)
     if K > 1:
@@ -104,43 +106,70 @@ def route(h0, weight, experts, weights, *, num_experts, scale, logits, hidden=No
     weight [D * E, H or router_hidden] and hidden [router_hidden, H]: the router's, fp32. logits [T, D * E] and hidden_out
     [T, router_hidden], fp32: room to work in. No host sync, no allocation: safe inside a CUDA graph.
     """
+    refuse_gradients(h0, weight, *([] if hidden is None else [hidden]))
     decisions, tokens, top_k = experts.shape
+    _check(h0, weight, experts, weights, logits, num_experts, hidden, hidden_out)
     x, norm = h0, True
     if hidden is not None:
         _rows_times(x, hidden, hidden_out, norm=True, silu=True, pdl=pdl)
         x, norm = hidden_out, False
     _rows_times(x, weight, logits, norm=norm, silu=False, pdl=pdl)
-    _choose_kernel[(decisions, tokens)](
-        logits,
-        experts,
-        weights,
-        scale,
-        D=decisions,
-        E=num_experts,
-        K=top_k,
-        BLOCK_E=triton.next_power_of_2(num_experts),
-        BLOCK_K=triton.next_power_of_2(top_k),
-        PDL=pdl,
-        num_warps=1,
-        **launch_options(pdl),
-    )
+    with torch.cuda.device_of(h0):
+        _choose_kernel[(decisions, tokens)](
+            logits,
+            experts,
+            weights,
+            scale,
+            D=decisions,
+            E=num_experts,
+            K=top_k,
+            BLOCK_E=triton.next_power_of_2(num_experts),
+            BLOCK_K=triton.next_power_of_2(top_k),
+            num_warps=1,
+            **launch_options(pdl),
+        )
 
 
 def _rows_times(x, weight, out, *, norm, silu, pdl):
     rows, features = weight.shape
     block_n = 1 if rows <= 256 else 4
-    _logits_kernel[(triton.cdiv(rows, block_n), len(x))](
-        x,
-        weight,
-        out,
-        x.stride(0),
-        rows,
-        H=features,
-        BLOCK_N=block_n,
-        BLOCK_H=min(triton.next_power_of_2(features), 4096 // block_n),
-        NORM=norm,
-        SILU=silu,
-        PDL=pdl,
-        num_warps=4,
-        **launch_options(pdl),
-    )
+    with torch.cuda.device_of(x):
+        _logits_kernel[(triton.cdiv(rows, block_n), len(x))](
+            x,
+            weight,
+            out,
+            x.stride(0),
+            rows,
+            H=features,
+            BLOCK_N=block_n,
+            BLOCK_H=min(triton.next_power_of_2(features), 4096 // block_n),
+            NORM=norm,
+            SILU=silu,
+            num_warps=4,
+            **launch_options(pdl),
+        )
+
+
+def _check(h0, weight, experts, weights, logits, num_experts, hidden, hidden_out):
+    decisions, tokens, _ = experts.shape
+    inner = h0.shape[1] if hidden is None else len(hidden)
+    expected = {
+        "weight": (weight, (decisions * num_experts, inner), torch.float32),
+        "experts": (experts, experts.shape, torch.int32),
+        "weights": (weights, experts.shape, torch.float32),
+        "logits": (logits, (tokens, decisions * num_experts), torch.float32),
+    }
+    if hidden is not None:
+        expected["hidden"] = (hidden, (inner, h0.shape[1]), torch.float32)
+        expected["hidden_out"] = (hidden_out, (tokens, inner), torch.float32)
+    for name, (tensor, shape, dtype) in expected.items():
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != h0.device:
+            raise ValueError(
+                f"{name} must be {dtype} {list(shape)} on {h0.device}, got {tensor.dtype} {list(tensor.shape)}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
+    if len(h0) != tokens or h0.stride(1) != 1:
+        raise ValueError(
+            f"h0 is {list(h0.shape)}, strides {h0.stride()}; it must be {tokens} tokens with contiguous rows"
+        )

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from adafuse.ops.gradients import refuse_gradients
+from adafuse.ops.launch import INTERPRETED
 
 _FIELDS = tl.constexpr(10)  # int64 numbers of a segment in the table, in the order in which the kernel reads them
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -135,31 +136,32 @@ def switch(table: SwitchTable, experts, weights, *, old=None, shared_scale: floa
     _check_routing(table, old_experts, old_weights)
     refuse_gradients(weights, *(t for s in table.segments for t in s.tensors.values()))
     tile, dtype = table.tile, _DTYPES[table.dtype]
-    _switch_kernel[(len(table.programs),)](
-        table.table,
-        table.programs,
-        experts,
-        weights,
-        old_experts,
-        old_weights,
-        shared_scale,
-        DTYPE=dtype,
-        # Triton's interpreter multiplies the bit patterns of bf16.
-        OPERAND=tl.float32 if triton.knobs.runtime.interpret else dtype,
-        TOP_K=table.top_k,
-        SKIP=old is not None,
-        SUBTRACT=old is not None and table.in_place,
-        ALIGNED=table.aligned,
-        RESIDENT=table.resident,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_R=table.block_r,
-        STRIP=tile.strip,
-        STAGES=tile.num_stages,
-        REGISTERS=tile.registers,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    with torch.cuda.device_of(experts):
+        _switch_kernel[(len(table.programs),)](
+            table.table,
+            table.programs,
+            experts,
+            weights,
+            old_experts,
+            old_weights,
+            shared_scale,
+            DTYPE=dtype,
+            # Triton's interpreter multiplies the bit patterns of bf16.
+            OPERAND=tl.float32 if INTERPRETED.value else dtype,
+            TOP_K=table.top_k,
+            SKIP=old is not None,
+            SUBTRACT=old is not None and table.in_place,
+            ALIGNED=table.aligned,
+            RESIDENT=table.resident,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_R=table.block_r,
+            STRIP=tile.strip,
+            STAGES=tile.num_stages,
+            REGISTERS=tile.registers,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
 
 
 @torch.no_grad()

@@ -1,0 +1,26 @@
+"""What the launchers share: the interpreter, programmatic dependent launch, the device's size."""
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def launch_options(pdl: bool) -> dict:
+    """Keyword arguments PDL (a constexpr of each kernel) and launch_pdl. The interpreter has no dependent launches."""
+    pdl = pdl and not INTERPRETED.value
+    return {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
+
+
+def processors(tensor: torch.Tensor) -> int:
+    """Multiprocessors of the tensor's device; an H100's for the interpreter."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b, fp32 in full precision."""
+    if INTERPRETED:  # it would take bf16 for integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
