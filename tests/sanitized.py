@@ -4,6 +4,7 @@ import torch
 
 from adafuse.ops.batch import add_delta_tiles, lay_out
 from adafuse.ops.chosen import Chosen
+from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import EMPTY, decode, expand, shrink
 from adafuse.ops.route import route
 from adafuse.ops.switch import Segment, SwitchTable, switch
@@ -38,6 +39,18 @@ def a_batch(tokens, features, widths, num_experts, r, top_k, shared):
     add_delta_tiles([normal(tokens, o) for o in widths], normal(tokens, features), a, b, tiles)
 
 
+def a_crowd(tokens, features, widths, num_experts, r):
+    ranks = num_experts * r
+    cut = cut_for(tokens, features, widths, ranks)
+    gates = torch.rand(tokens, num_experts + 1, device="cuda")
+    h = torch.empty(cut.h_shape(tokens, len(widths), ranks), device="cuda", dtype=torch.bfloat16)
+    flags = torch.zeros(cut.num_flags(tokens, len(widths), ranks), device="cuda", dtype=torch.int32)
+    scratch = {"h": h, "partial": torch.empty(cut.partial_shape, device="cuda"), "flags": flags, "cut": cut}
+    banks = {"banks_a": [normal(ranks, features) for _ in widths], "banks_b": [normal(ranks, o) for o in widths]}
+    x, base, out = normal(tokens, features), [normal(o, features) for o in widths], normal(tokens, sum(widths))
+    crowd(x, base, out, **banks, gates=gates, r=r, **scratch)
+
+
 def a_switch():
     experts, weights = experts_of(1, 6, 2), torch.rand(1, 2, device="cuda")
     for pristine in (True, False):
@@ -56,7 +69,10 @@ def a_route():
     experts = torch.empty(3, 2, 2, dtype=torch.int32, device="cuda")
     weights, logits = torch.empty(3, 2, 2, device="cuda"), torch.empty(2, 21, device="cuda")
     router = torch.randn(21, 63, device="cuda")
-    route(torch.randn(2, 63, device="cuda"), router, experts, weights, num_experts=7, scale=2.0, logits=logits)
+    h0, options = torch.randn(2, 63, device="cuda"), {"num_experts": 7, "scale": 2.0, "logits": logits}
+    route(h0, router, experts, weights, **options)
+    inner = {"hidden": torch.randn(9, 63, device="cuda"), "hidden_out": torch.empty(2, 9, device="cuda")}
+    route(h0, torch.randn(21, 9, device="cuda"), experts, weights, **options, **inner)
 
 
 if __name__ == "__main__":
@@ -66,6 +82,8 @@ if __name__ == "__main__":
     a_decode(1, 256, (64,), 8, 16, 2, 0)
     a_batch(33, 63, (17, 40), 6, 4, 2, 3)
     a_batch(130, 128, (64,), 8, 16, 2, 0)
+    a_crowd(33, 192, (72, 40), 4, 8)
+    a_crowd(130, 256, (128,), 8, 16)
     a_switch()
     a_route()
     torch.cuda.synchronize()

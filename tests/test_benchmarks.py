@@ -42,6 +42,15 @@ def test_decoding_stacks(mixture):
     assert adapters.num_bytes == 2 * 2 * active * sum(i + o for i, o in linears)
 
 
+def test_an_output_that_was_not_written_is_an_error():
+    toy = stack.Stack("toy", device=DEVICE)
+    adapters = stack.Adapters(toy, num_experts=4, r=2, top_k=2)
+    adapters.run(pdl=False)
+    toy.outputs[1][2][0, 5] = float("nan")
+    assert not toy.error() < LIMIT
+    assert not adapters.error() < LIMIT
+
+
 def test_batches_of_stacks():
     toy = stack.Stack("toy", tokens=20, device=DEVICE)
     batch = stack.Batch(toy, num_experts=4, r=4, top_k=2)

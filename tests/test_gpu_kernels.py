@@ -97,6 +97,9 @@ def test_decode_after_the_plan_waits_for_it(times):
     outs = [nan(1, 2560, dtype=x.dtype) for _ in range(2)]
     banks = {"banks_a": banks_a, "banks_b": banks_b, "pdl": True}
     hs = [empty(1, 2, chosen.active) for _ in range(2)]
+    for after_plan in (True, False):  # compiled ahead
+        h = empty(1, 2, chosen.active)
+        decode(x, weights, outs[0].clone(), **banks, chosen=chosen, h=h, after_plan=after_plan)
     torch.cuda.synchronize()
     write_late(late.experts, chosen.experts)
     write_late(late.weights, chosen.weights)
@@ -107,6 +110,23 @@ def test_decode_after_the_plan_waits_for_it(times):
     exact = decode_ref(x.double(), *double, chosen).cpu()
     for out in outs:
         assert relative_error(out, exact) < 1e-2
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 11008, (4096,), 8, 64, 2, 0), (1, 4096, (2048,), 8, 32, 2, 0)], ids=["J 128", "J 64"]
+)
+def test_no_program_takes_a_rank_for_there_that_is_not(size):
+    """Some warps hold copies of what others wait for. A thousand launches behind a late input, each looked at."""
+    x, weights, banks_a, banks_b, chosen = a_case(*size, torch.bfloat16)
+    out, late = nan(1, sum(size[2]), dtype=x.dtype), nan(*x.shape, dtype=x.dtype)
+    bad = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        h = empty(1, 1, chosen.active)
+        late.fill_(float("nan"))
+        _late_copy_kernel[(triton.cdiv(x.numel(), 1024),)](x, late, x.numel(), 5_000, BLOCK=1024)
+        decode(late, weights, out, banks_a=banks_a, banks_b=banks_b, chosen=chosen, h=h, pdl=True)
+        bad += out.isnan().sum()
+    assert bad.item() == 0
 
 
 def test_decode_runs_in_a_graph_without_host_sync():

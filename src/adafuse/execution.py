@@ -80,7 +80,7 @@ def costs(layers, config, tokens, itemsize) -> list[Cost]:
     found = [fused, Cost("reference", "base matmul, two matmuls over all experts", reference, all_ranks)]
     if tokens == 1:
         merge = itemsize * (3 * base + active * width)
-        found.append(Cost("switch", "experts merged into the weights, then the base", merge, 2 * base * (1 + active)))
+        found.append(Cost("switch", "experts merged from a copy, then the base", merge, 2 * base * (1 + active)))
     return found
 
 

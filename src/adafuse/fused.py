@@ -10,6 +10,7 @@ from adafuse.ops.decode import EMPTY, MAX_FEATURES, decode, expand, shrink
 from adafuse.plan import BlockPlan, Plan
 
 
+@torch.compiler.disable  # the kernels write into what they are given, which a trace of them need not see
 def fused_blocks(routing, config, num_blocks) -> list[FusedBlock]:
     """What each block of a forward needs, from one routing."""
     plan = Plan.of(routing, config)
@@ -20,32 +21,39 @@ class FusedBlock:
     """Computes the adapted linears of one block in one forward."""
 
     def __init__(self, plan: BlockPlan):
-        self.plan = plan
+        self._plans = {plan.chosen.experts.device: plan}
+        self.tokens = len(plan.chosen.experts)
 
-    @property
-    def tokens(self) -> int:
-        return len(self.plan.chosen.experts)
+    def plan(self, device) -> BlockPlan:
+        """The block's plan on a device; a copy is made once."""
+        if device not in self._plans:
+            self._plans[device] = next(iter(self._plans.values())).to(device)
+        return self._plans[device]
 
+    @torch.compiler.disable
     def linear(self, layer, x, dtype, args, kwargs):
         """The output of an AdapterLinear. x [..., I] -> [..., O]; adapters compute in `dtype`, sums in fp32.
 
         A few tokens and a plain base linear: one launch, which reads the base's weights itself. Otherwise the base's own kernel, and
         the adapters' beside it. ValueError where a gradient is needed.
         """
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError(
-                f"{layer.path}: the fused kernels have no backward pass and the input needs a gradient; run under torch.no_grad(), or "
-                'set model.execution = "reference"'
-            )
-        plan = self.plan.to(x.device)
+        refuse_gradient_of_input(layer, x)
+        plan, base = self.plan(x.device), layer.base_layer
         a, b = layer.bank.matrices(dtype)
         rows = x.reshape(-1, x.shape[-1])
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         if plan.tiles is None and not args and not kwargs and _is_plain(layer, x, dtype):
             y = rows.new_empty(len(rows), layer.out_features)
             h = _h(rows, plan.chosen)
-            decode(rows, (layer.base_layer.weight,), y, banks_a=(a,), banks_b=(b,), chosen=plan.chosen, h=h)
+            decode(rows, (base.weight,), y, banks_a=(a,), banks_b=(b,), chosen=plan.chosen, h=h)
             return y.view(*x.shape[:-1], -1)
-        y = layer.base_layer(x, *args, **kwargs).contiguous()
+        y = base(x, *args, **kwargs)
+        # What is added in place must be ours: neither kept by a hook, nor a buffer of the base's.
+        y = (
+            y.contiguous()
+            if type(base) is nn.Linear and not _is_watched(base)
+            else y.clone(memory_format=torch.contiguous_format)
+        )
         rows = layer.dropout(rows).to(dtype)
         if plan.tiles is not None:
             add_delta_tiles(y.view(-1, y.shape[-1]), rows, a, b, plan.tiles)
@@ -55,6 +63,15 @@ class FusedBlock:
         return y
 
 
+def refuse_gradient_of_input(layer, x):
+    """ValueError if a forward without gradients of the adapter would still need one through this linear."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(
+            f"{layer.path}: this execution has no backward pass and the input needs a gradient; run under torch.no_grad(), or "
+            'set model.execution = "reference"'
+        )
+
+
 def _h(rows, chosen):
     return torch.full((len(rows), 1, chosen.active), EMPTY.value, dtype=torch.int32, device=rows.device)
 
@@ -62,10 +79,16 @@ def _h(rows, chosen):
 def _is_plain(layer, x, dtype):
     """Whether y = W x is all that the base linear does, on weights that a kernel can read."""
     base = layer.base_layer
-    if type(base) is not nn.Linear or base.bias is not None or base._forward_hooks or base._forward_pre_hooks:
+    if type(base) is not nn.Linear or base.bias is not None or _is_watched(base):
         return False
     if layer.training and layer.dropout.p:
         return False
     weight = base.weight
     readable = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_contiguous() and weight.device == x.device
-    return readable and weight.dtype == x.dtype == dtype and x.shape[-1] <= MAX_FEATURES and x.is_contiguous()
+    return readable and weight.dtype == x.dtype == dtype and x.shape[-1] <= MAX_FEATURES
+
+
+def _is_watched(module):
+    """Whether calling the module does more than its class says: hooks, or a forward replaced on the object (accelerate)."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks or nn.modules.module._has_any_global_hook() or "forward" in vars(module))

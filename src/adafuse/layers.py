@@ -4,8 +4,8 @@ How a routing travels: block 0 routes (`PreGate`), before its own forward and ou
 called with its share as a keyword argument, so that a checkpoint keeps it with the call: a recompute in the backward pass uses
 the routing of its own forward, however many forwards came after. Inside the block's forward, its linears read it.
 
-A block's share is a rank mask (reference execution), a FusedBlock (fused), or None: nothing to add, since the adapter is off or
-merged into the weights (switch).
+A block's share is a rank mask (reference execution), a FusedBlock (fused), Merged (switch: the weights hold the experts), or None:
+the adapter is off.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from adafuse.ops.delta import add_delta
 from adafuse.router import Routing
 
 OUTSIDE = object()  # no forward is running
-# Per thread, so that two may run one model. `_forward_shares`: of each block of the running forward, from block 0 to the last;
-# `_block_share`: that of the running block.
+# Per thread, so that two may run one model (but under switch, which rewrites its weights). `_forward_shares`: of each block of the
+# running forward, from block 0 to the last; `_block_share`: that of the running block.
 _forward_shares: ContextVar = ContextVar("adafuse_forward_shares", default=OUTSIDE)
 _block_share: ContextVar = ContextVar("adafuse_block_share", default=OUTSIDE)
 _recorder: ContextVar = ContextVar("adafuse_recorder", default=None)
@@ -88,8 +88,12 @@ class PreGate:
         parameters = (p for module in (self.router, *self.banks) for p in module.parameters())
         how = resolve(self.execution, *h0.shape[:2], gradients_needed(h0, parameters))
         if how == "switch":
+            if self.config.lora_dropout and self.router.training:
+                raise ValueError(
+                    'execution="switch" has no dropout: call model.eval(), or set model.execution = "reference" to train'
+                )
             self.switcher.switch(routing)
-            return [None] * self.num_blocks
+            return [self.switcher.share] * self.num_blocks
         if self.switcher is not None:
             self.switcher.restore()
         if how == "fused":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from contextlib import contextmanager
@@ -122,14 +123,36 @@ class AdaFuseModel(PeftSurface):
         from adafuse.switching import Switcher  # here, since it needs Triton
 
         self._leave_switch()
-        layers = [self.get_base_model().get_submodule(path) for path in self.banks]
-        return Switcher(layers, self.adafuse_config, decisions=self.router.num_decisions, source=source)
+        base = self.get_base_model()
+        layers = [base.get_submodule(path) for path in self.banks]
+        return Switcher(base, layers, self.adafuse_config, decisions=self.router.num_decisions, source=source)
 
     def _leave_switch(self):
         """The base's own weights again, if an execution by switching has merged experts into them."""
         if self._gate.switcher is not None:
-            self._gate.switcher.restore()
+            self._gate.switcher.close()
             self._gate.execution, self._gate.switcher = "auto", None
+
+    @contextmanager
+    def _outside_switch(self):
+        """Inside, the weights are the base's own and may move or change; afterwards they are switched as before."""
+        switching = self.execution == "switch"
+        self._leave_switch()
+        yield
+        if switching:
+            self.execution = "switch"
+
+    def __deepcopy__(self, memo):
+        """A copy of a model that switches does not switch: execution is "auto"."""
+        with self._outside_switch():
+            twin = memo[id(self)] = type(self).__new__(type(self))
+            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def _apply(self, *args, **kwargs):
+        """Moving and casting (`to`, `cuda`, `half`, ...)."""
+        with self._outside_switch():
+            return super()._apply(*args, **kwargs)
 
     def explain_execution(self, tokens: int = 1) -> str:
         """Print, and return, what a forward of `tokens` tokens without gradients would do, and the bytes and FLOPs of each execution."""
@@ -291,8 +314,9 @@ class AdaFuseModel(PeftSurface):
         for name, parameter in expected.items():
             if parameter.shape != tensors[name].shape:
                 raise ValueError(f"{name} has shape {list(tensors[name].shape)}, expected {list(parameter.shape)}")
-        for name, parameter in expected.items():  # views of the parameters
-            parameter.copy_(tensors[name])
+        with self._outside_switch():
+            for name, parameter in expected.items():  # views of the parameters
+                parameter.copy_(tensors[name])
 
     def _adapter_parameters(self):
         names = {f"router.{name}" for name, _ in self.router.named_parameters()}

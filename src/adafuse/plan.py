@@ -24,8 +24,6 @@ class BlockPlan(NamedTuple):
 
     def to(self, device) -> BlockPlan:
         """On another device, for the blocks of a model that is spread over several."""
-        if self.chosen.experts.device == device:
-            return self
         chosen = self.chosen._replace(experts=self.chosen.experts.to(device), weights=self.chosen.weights.to(device))
         return BlockPlan(chosen, None if self.tiles is None else self.tiles.to(device))
 
@@ -37,31 +35,35 @@ class Plan:
     tokens also `tiles`, the tokens sorted by their experts. D is 1 or the number of blocks.
     """
 
-    def __init__(self, config: AdaFuseConfig, *, decisions: int, tokens: int, device):
+    def __init__(self, config: AdaFuseConfig, *, decisions: int, tokens: int, device, routing: Routing | None = None):
         self.config, self.tokens = config, tokens
         shape = (decisions, tokens, config.top_k)
         # Experts 0 .. K - 1, not uninitialised memory: a kernel must never follow an index that was not written.
         self.experts = torch.arange(config.top_k, dtype=torch.int32, device=device).expand(shape).contiguous()
         self.weights = torch.zeros(shape, device=device)
+        if routing is not None:
+            self._write_chosen(routing)
         self.tiles = self._tiles() if tokens > MAX_TOKENS else None
 
     @classmethod
     def of(cls, routing: Routing, config: AdaFuseConfig) -> Plan:
         """A plan of its own for one routing."""
         batch, seq, decisions, _ = routing.experts.shape
-        plan = cls(config, decisions=decisions, tokens=batch * seq, device=routing.experts.device)
-        plan.write(routing)
-        return plan
+        return cls(config, decisions=decisions, tokens=batch * seq, device=routing.experts.device, routing=routing)
 
     @torch.no_grad()
     def write(self, routing: Routing):
         """Lay out a routing of as many tokens and decisions, in place. No host sync: safe inside a CUDA graph."""
-        self.experts.copy_(routing.experts.flatten(0, 1).movedim(1, 0))
-        torch.mul(routing.weights.flatten(0, 1).movedim(1, 0), self.config.scale, out=self.weights)
+        self._write_chosen(routing)
         if self.tiles is not None:
             new = self._tiles()
             for name in ROUTING:
                 getattr(self.tiles, name).copy_(getattr(new, name))
+
+    @torch.no_grad()
+    def _write_chosen(self, routing):
+        self.experts.copy_(routing.experts.flatten(0, 1).movedim(1, 0))
+        torch.mul(routing.weights.flatten(0, 1).movedim(1, 0), self.config.scale, out=self.weights)
 
     def _tiles(self):
         ranks = {name: getattr(self.config, name) for name in ("num_experts", "r", "shared_rank", "shared_scale")}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from adafuse.fused import refuse_gradient_of_input
 from adafuse.ops.switch import Segment, SwitchTable, switch
 
 DRIFT = (
@@ -16,16 +17,41 @@ DRIFT = (
 )
 
 
+class Merged:
+    """A block's share while the weights hold the experts of the one token of the forward."""
+
+    tokens = 1
+
+    @staticmethod
+    def linear(layer, x, dtype, args, kwargs):
+        """The base linear's output: its weights are merged."""
+        refuse_gradient_of_input(layer, x)
+        return layer.base_layer(x, *args, **kwargs)
+
+
 class Switcher:
     """The weights of all adapted linears, and which routing they hold.
 
     layers: the AdapterLinears. decisions: 1, or the number of blocks. source "pristine": a copy of every adapted weight is kept, each
-    switch merges from it, `restore` is exact. "in_place": no copy; a switch adds new minus old, so weights drift.
+    switch merges from it, `restore` is exact. "in_place": no copy; a switch adds new minus old, so weights drift. One forward at a
+    time; `share` is what the blocks of a switched one are given.
     ValueError if a base linear keeps its weights in a form that cannot be merged into (quantised, say).
     """
 
-    def __init__(self, layers, config, *, decisions, source):
-        self.config, self.in_place = config, source == "in_place"
+    share = Merged()
+
+    def __init__(self, base, layers, config, *, decisions, source):
+        self.layers, self.config, self.in_place = layers, config, source == "in_place"
+        with torch.inference_mode(False):  # later switches may run outside it
+            self._lay_out(decisions)
+        # Whoever saves the base must get its own weights; the next token merges anew.
+        self._hook = base.register_state_dict_pre_hook(lambda *_: self.restore())
+        self.merged = False
+        if self.in_place:
+            warnings.warn(DRIFT, stacklevel=4)
+
+    def _lay_out(self, decisions):
+        layers, config = self.layers, self.config
         self.weights = [_weight_of(layer) for layer in layers]
         self.copies = None if self.in_place else [weight.detach().clone() for weight in self.weights]
         with torch.no_grad():
@@ -43,9 +69,17 @@ class Switcher:
         self.new, self.old = (
             (torch.zeros(shape, dtype=torch.int32, device=device), torch.zeros(shape, device=device)) for _ in range(2)
         )
-        self.merged = False
-        if self.in_place:
-            warnings.warn(DRIFT, stacklevel=3)
+        self._state = self._state_now()
+
+    def _state_now(self):
+        """What the tables' addresses and factors were made from; it must not change under them."""
+        weights = [(w.data_ptr(), w.dtype, w.device) for w in self.weights]
+        banks = [(p.data_ptr(), p._version) for layer in self.layers for p in (layer.bank.a, layer.bank.b)]
+        now = [
+            getattr(layer.base_layer, "weight", None) is weight
+            for layer, weight in zip(self.layers, self.weights, strict=True)
+        ]
+        return weights, banks, now
 
     def _segment(self, index, layer, decisions):
         weight = self.weights[index].detach()
@@ -62,9 +96,15 @@ class Switcher:
             decision=layer.block if decisions > 1 else 0,
         )
 
+    @torch.compiler.disable  # a trace would not see that the kernel writes, through addresses in a table
     @torch.no_grad()
     def switch(self, routing):
         """Make the weights those of one token's routing. One launch (per dtype of the weights); the same routing again: no work."""
+        if self._state_now() != self._state:
+            raise ValueError(
+                'the base or the adapter was moved, cast or replaced while execution="switch"; set model.execution to "reference" '
+                'before that and to "switch" again afterwards'
+            )
         experts, weights = self.new
         experts.copy_(routing.experts[0, 0])
         torch.mul(routing.weights[0, 0], self.config.scale, out=weights)
@@ -75,7 +115,9 @@ class Switcher:
         for old, new in zip(self.old, self.new, strict=True):
             old.copy_(new)
         self.merged = True
+        torch.clear_autocast_cache()  # autocast may have kept a cast of the weights as they were
 
+    @torch.compiler.disable
     @torch.no_grad()
     def restore(self):
         """The base's own weights again: bit for bit from the copies, or by taking the experts out."""
@@ -89,6 +131,12 @@ class Switcher:
             for weight, copy in zip(self.weights, self.copies, strict=True):
                 weight.copy_(copy)
         self.merged = False
+        torch.clear_autocast_cache()
+
+    def close(self):
+        """Restore, and let go of the base."""
+        self.restore()
+        self._hook.remove()
 
 
 def _weight_of(layer):
