@@ -74,10 +74,10 @@ def make_item(domain: str, key: str, prompt: str, choices, answer: int) -> dict:
     }
 
 
-def ask_one(rng, domain: str, key: str, questions) -> dict | None:
-    """An item that asks one of four (prompt, answer). None if two answers are the same, or the prompt contains one."""
-    prompt, right = rng.choice(questions)
-    choices = [answer for _, answer in questions]
+def ask_one(rng, domain: str, questions) -> dict | None:
+    """An item that asks one of four (key, prompt, answer). None if two answers are the same, or the prompt contains one."""
+    key, prompt, right = rng.choice(questions)
+    choices = [answer for _, _, answer in questions]
     if len(set(choices)) < 4 or not all(choices) or any(echoes(prompt, choice) for choice in choices):
         return None
     rng.shuffle(choices)
