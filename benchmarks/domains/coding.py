@@ -14,23 +14,48 @@ import string
 import sys
 import warnings
 
-from .items import SPLITS, Fact, ask_one, from_facts, generator, split_of
+from .items import SPLITS, Fact, ask_one, from_facts, generator, hints, split_of
 
 DOMAIN = "code"
 # Modules that do something when imported, are not for use, or are on some machines only.
-LEFT_OUT = {"antigravity", "this", "idlelib", "turtledemo", "turtle", "tkinter", "test", "lib2to3", "ensurepip", "venv", "curses"}
-LEFT_OUT |= {"winreg", "winsound", "msvcrt", "nt", "ntpath", "posix", "posixpath", "pwd", "grp", "spwd", "crypt", "nis", "readline"}
+LEFT_OUT = {
+    "antigravity",
+    "this",
+    "idlelib",
+    "turtledemo",
+    "turtle",
+    "tkinter",
+    "test",
+    "lib2to3",
+    "ensurepip",
+    "venv",
+    "curses",
+}
+LEFT_OUT |= {
+    "winreg",
+    "winsound",
+    "msvcrt",
+    "nt",
+    "ntpath",
+    "posix",
+    "posixpath",
+    "pwd",
+    "grp",
+    "spwd",
+    "crypt",
+    "nis",
+    "readline",
+}
 MOST_TRIES = 100  # for each item
 
 
 def build(seed, counts):
     documented = from_facts(DOMAIN, library_facts(), seed, {split: count // 2 for split, count in counts.items()})
-    return {
-        split: generator(seed, DOMAIN, split, "order").sample(
-            all_of := documented[split] + expressions(seed, split, counts[split] - len(documented[split])), len(all_of)
-        )
-        for split in SPLITS
-    }
+    splits = {}
+    for split in SPLITS:
+        items = documented[split] + expressions(seed, split, counts[split] - len(documented[split]))
+        splits[split] = generator(seed, DOMAIN, split, "order").sample(items, len(items))
+    return splits
 
 
 # --- expressions ---
@@ -87,22 +112,33 @@ def _sum_of_range(rng):
 def _range(rng):
     a, step, length = 2 * rng.randrange(1, 40), rng.randrange(2, 6), rng.randrange(3, 6)
     ends = [low + step * length + more for low in (a, a + 1) for more in (0, step)]
-    return (a, step), [f"list(range({low}, {end}, {step}))" for low, end in zip((a, a, a + 1, a + 1), ends, strict=True)]
+    return (a, step), [
+        f"list(range({low}, {end}, {step}))" for low, end in zip((a, a, a + 1, a + 1), ends, strict=True)
+    ]
 
 
 def _slice(rng):
     xs = _numbers(rng)
-    return sorted(xs), [f"{xs}[{part}]" for part in rng.sample(("1:3", "1:4", "2:4", "::2", "1::2", "::-1", "-2:", ":-1"), 4)]
+    return sorted(xs), [
+        f"{xs}[{part}]" for part in rng.sample(("1:3", "1:4", "2:4", "::2", "1::2", "::-1", "-2:", ":-1"), 4)
+    ]
 
 
 def _sort(rng):
     xs = _numbers(rng)
-    return sorted(xs), [f"sorted({xs})", f"sorted({xs}, reverse=True)", f"{xs}[::-1]", f"sorted({xs}, key=lambda x: x % 10)"]
+    return sorted(xs), [
+        f"sorted({xs})",
+        f"sorted({xs}, reverse=True)",
+        f"{xs}[::-1]",
+        f"sorted({xs}, key=lambda x: x % 10)",
+    ]
 
 
 def _sum_of_slice(rng):
     xs = _numbers(rng)
-    return sorted(xs), [f"sum({xs}[{part}])" for part in rng.sample((":2", "1:3", "1:", ":-1", "::2", "-2:", "1::2"), 4)]
+    return sorted(xs), [
+        f"sum({xs}[{part}])" for part in rng.sample((":2", "1:3", "1:", ":-1", "::2", "-2:", "1::2"), 4)
+    ]
 
 
 def _each(rng):
@@ -125,7 +161,9 @@ def _sets(rng):
 def _joined(rng):
     word = _word(rng)
     sign = rng.choice("-+_.")
-    return word, [f"'{sign}'.join({text})" for text in (f"'{word}'", f"'{word}'[::-1]", f"sorted('{word}')", f"'{word}'[1:]")]
+    return word, [
+        f"'{sign}'.join({text})" for text in (f"'{word}'", f"'{word}'[::-1]", f"sorted('{word}')", f"'{word}'[1:]")
+    ]
 
 
 def _across(rng):
@@ -150,7 +188,12 @@ def _measured(rng):
 
 def _enumerated(rng):
     word = _word(rng)[:4]
-    texts = (f"enumerate('{word}')", f"enumerate('{word}', 1)", f"enumerate('{word}'[::-1])", f"enumerate('{word}'[::-1], 1)")
+    texts = (
+        f"enumerate('{word}')",
+        f"enumerate('{word}', 1)",
+        f"enumerate('{word}'[::-1])",
+        f"enumerate('{word}'[::-1], 1)",
+    )
     return word, [f"list({text})" for text in texts]
 
 
@@ -184,7 +227,8 @@ def library_facts() -> list[Fact]:
         if not module.startswith("_"):
             for name, line in documented(module):
                 found.setdefault(line, set()).add(name)
-    return [_fact(*names, line) for line, names in found.items() if len(names) == 1]
+    facts = [_fact(*names, line) for line, names in found.items() if len(names) == 1]
+    return [fact for fact in facts if not hints(fact.prompt, fact.answer.rsplit(".", 1)[-1])]
 
 
 def documented(module):
@@ -211,7 +255,7 @@ def first_line(member) -> str:
     text = member.__doc__ if isinstance(member.__doc__, str) else ""
     paragraph = text.strip().split("\n\n")[0]
     if re.match(r"[\w.]+\(.*\)( ->.*)?\s*$", paragraph, re.DOTALL):
-        paragraph = (text.strip().split("\n\n") + [""])[1]
+        paragraph = text.strip().partition("\n\n")[2].split("\n\n")[0]
     line = re.sub(r"^[\w.]+\([^)]*\)\s*(->[^\n]*?)?(--|:|\n)\s*", "", paragraph)
     line = re.split(r"\.(?:\s|$)", " ".join(line.split()))[0]
     return line if 4 <= len(line.split()) <= 30 and "(" not in line else ""
@@ -221,4 +265,6 @@ def _fact(name, line):
     bare = name.rsplit(".", 1)[-1]
     kind = "class" if bare[0].isupper() else "method" if name[0].isupper() else "function"
     right = frozenset({name})
-    return Fact("library", f"api {bare}", f"What in Python's standard library is this? {line}.", name, right, group=(kind,))
+    return Fact(
+        "library", f"api {bare}", f"What in Python's standard library is this? {line}.", name, right, group=(kind,)
+    )

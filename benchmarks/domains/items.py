@@ -53,6 +53,12 @@ def echoes(prompt: str, answer: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", prompt) is not None
 
 
+def hints(prompt: str, name: str) -> bool:
+    """Whether the prompt contains a part of a name such as "python3-lens" or "Snapshot.compare_to"."""
+    parts = re.findall(r"[A-Z]?[a-z]{3,}|[A-Z]{3,}", name)
+    return any(part.casefold() in prompt.casefold() for part in parts)
+
+
 def split_of(unit: str, seed: int) -> str:
     """The split of a unit: train for one half of all, validation and test for a quarter each."""
     return ("train", "train", "validation", "test")[hashlib.sha256(f"{seed} {unit}".encode()).digest()[0] % 4]
@@ -104,7 +110,9 @@ def unambiguous(facts) -> list[Fact]:
     for fact in facts:
         asked[fact.prompt] = asked.get(fact.prompt, 0) + 1
     return [
-        fact for fact in facts if asked[fact.prompt] == 1 and fact.answer.strip() and not echoes(fact.prompt, fact.answer)
+        fact
+        for fact in facts
+        if asked[fact.prompt] == 1 and fact.answer.strip() and not echoes(fact.prompt, fact.answer)
     ]
 
 

@@ -117,13 +117,15 @@ def _hypernym(key, sense, synsets, senses):
         return []
     parent = synsets[synset.hypernyms[0]]
     path = ancestors(sense, synsets)
-    right = {
-        text for own in senses[key] for above in [own, *ancestors(own, synsets)] for text in synsets[above].words
-    }
+    right = {text for own in senses[key] for above in [own, *ancestors(own, synsets)] for text in synsets[above].words}
     prompt = f'What is "{synset.words[0]}" a kind of?'
     near = tuple(offset for _, offset in reversed(path))  # from the root downwards: neighbours share a beginning
     group = (parent.file, len(path))
-    return [Fact("hypernym", key, prompt, parent.words[0], frozenset(right), group, near)] if usable(parent.words[0]) else []
+    return (
+        [Fact("hypernym", key, prompt, parent.words[0], frozenset(right), group, near)]
+        if usable(parent.words[0])
+        else []
+    )
 
 
 def ancestors(sense, synsets):

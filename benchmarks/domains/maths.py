@@ -7,13 +7,21 @@ five templates: three for train, one for validation, one for test.
 
 from __future__ import annotations
 
-from .items import SPLITS, ask_one, generator, make_item
+from .items import SPLITS, ask_one, echoes, generator, make_item
 from .stories import FAMILIES
 
 DOMAIN = "math"
 PARTS = {"train": slice(3), "validation": slice(3, 4), "test": slice(4, 5)}
-NAMES = "Anna Ben Carla David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Victor".split()
-THINGS = "apples coins stamps pencils books marbles cards shells buttons stickers eggs tickets photos bottles plates".split()
+NAMES = tuple(
+    """
+    Anna Ben Carla David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Victor
+    """.split()  # noqa: SIM905
+)
+THINGS = tuple(
+    """
+    apples coins stamps pencils books marbles cards shells buttons stickers eggs tickets photos bottles plates
+    """.split()  # noqa: SIM905
+)
 LARGE = 100  # from here on a number is as likely as the one 10 or 20 above
 MOST_TRIES = 100  # for each item
 
@@ -54,7 +62,7 @@ def _with_slips(rng, two):
     slip = rng.choice((-20, -10, 10, 20))
     (key, prompt, right), _ = two
     values = [int(value) + off for _, _, value in two for off in (0, slip)]
-    if len(set(values)) < 4:
+    if len(set(values)) < 4 or any(echoes(prompt, str(value)) for value in values):
         return None
     rng.shuffle(values)
     return make_item(DOMAIN, key, prompt, map(str, values), values.index(int(right)))

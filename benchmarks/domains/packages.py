@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import re
 
-from .items import Fact, from_facts
+from .items import Fact, from_facts, hints
 from .sources import available
 
 DOMAIN = "packages"
 # Sections of packages that are described by the package they belong to.
-WITHOUT_SUBJECT = ("debug", "oldlibs", "metapackages", "tasks", "localization", "introspection", "embedded", "education")
+WITHOUT_SUBJECT = (
+    "debug",
+    "oldlibs",
+    "metapackages",
+    "tasks",
+    "localization",
+    "introspection",
+    "embedded",
+    "education",
+)
 
 
 def build(seed, counts):
@@ -22,7 +31,9 @@ def build(seed, counts):
 def parse(text: str) -> list[dict]:
     """The fields of each package of Debian's list, paragraph by paragraph; lines that continue a field are left out."""
     paragraphs = re.split(r"\n(?=Package: )|\n\n+", text)
-    return [dict(re.findall(r"^(Package|Source|Section|Description): (.+)$", part, re.MULTILINE)) for part in paragraphs]
+    return [
+        dict(re.findall(r"^(Package|Source|Section|Description): (.+)$", part, re.MULTILINE)) for part in paragraphs
+    ]
 
 
 def make_facts(packages) -> list[Fact]:
@@ -51,5 +62,13 @@ def _facts(name, section, package):
     source = package.get("Source", name).split(" ")[0]
     facts = [Fact("section", source, f"In which section of Debian is this package: {text}?", section, near=(0,))]
     if re.fullmatch(r"[a-z][a-z0-9-]{2,15}", name) and section not in ("libs", "libdevel", "doc"):
-        facts.append(Fact("name", source, f"Which Debian package is this: {text}?", name, group=(section,)))
+        prompt = f"Which Debian package is this: {text}?"
+        if not hints(prompt, name):
+            facts.append(Fact("name", source, prompt, name, group=(section,), near=_form(name)))
     return facts
+
+
+def _form(name):
+    """What packages of a kind have in common, and the length: lib...-perl, node-..., python3-..."""
+    parts = name.split("-")
+    return (parts[0][:3], parts[-1] if len(parts) > 1 else "", len(name) // 3)

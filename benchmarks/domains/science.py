@@ -34,7 +34,11 @@ oxide O 2;sulfide S 2;selenide Se 2;telluride Te 2;sulfate SO4 2;sulfite SO3 2;t
 dichromate Cr2O7 2;oxalate C2O4 2;hydrogen phosphate HPO4 2;molybdate MoO4 2;tungstate WO4 2;selenate SeO4 2;silicate SiO3 2
 nitride N 3;phosphide P 3;arsenide As 3;phosphate PO4 3;phosphite PO3 3;arsenate AsO4 3;borate BO3 3;vanadate VO4 3
 """
-STEMS = "meth eth prop but pent hex hept oct non dec undec dodec tridec tetradec pentadec hexadec".split()
+STEMS = tuple(
+    """
+    meth eth prop but pent hex hept oct non dec undec dodec tridec tetradec pentadec hexadec
+    """.split()  # noqa: SIM905
+)
 # ending -> the formula of a chain of n carbon atoms
 CHAINS = {
     "ane": lambda n: _sum(n, 2 * n + 2),
@@ -123,9 +127,13 @@ def salt_facts(masses):
 
 
 def _pairs(ions):
-    """Ions in pairs, in the order of their names: iron(II) with iron(III), chlorate with chloride."""
-    ions = sorted(ions)
-    return list(zip(ions[::2], ions[1::2], strict=True))
+    """Ions in pairs: first those with a common stem, such as iron(II) with iron(III), then what is left, by name."""
+    stems = {}
+    for ion in sorted(ions):
+        stems.setdefault(re.sub(r"(\(.*|[ai]te|ide)$", "", ion[0]), []).append(ion)
+    pairs = [pair for same in stems.values() for pair in zip(same[::2], same[1::2], strict=False)]
+    rest = [same[-1] for same in stems.values() if len(same) % 2]
+    return pairs + list(zip(rest[::2], rest[1::2], strict=True))
 
 
 def chain_facts(masses):
@@ -144,7 +152,7 @@ def compound_facts(name, formula, masses, group, unit=""):
         Fact("formula", key, f"What is the chemical formula of {name}?", formula, group=group, near=near, unit=unit),
         Fact("compound", key, f"What is the name of the compound {formula}?", name, group=group, near=near, unit=unit),
         Fact("molar mass", key, f"What is the molar mass of {name}?", f"{total:.1f} g/mol", near=near, unit=unit),
-        Fact("atoms", key, f"How many atoms are in one formula unit of {name}?", str(count), near=near, unit=unit),
+        Fact("atoms", key, f"How many atoms are in one formula unit of {name}?", str(count), near=(count,), unit=unit),
     ]
 
 

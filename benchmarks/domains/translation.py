@@ -16,6 +16,7 @@ from .sources import debian
 DOMAIN = "translation"
 LANGUAGES = {"spa": "Spanish", "fra": "French", "deu": "German"}
 DEBIAN = tuple(f"dict-freedict-eng-{code}" for code in LANGUAGES)
+MOST_MEANINGS = 5
 HEADWORD = re.compile(r"([a-z][a-z-]{2,}) /[^/]*/(?: <[^>]*>)?$")
 
 
@@ -59,18 +60,38 @@ def make_facts(dictionaries) -> list[Fact]:
     common = set().union(*(words for code, words in dictionaries.items() if code != "deu"))
     facts = []
     for code, words in dictionaries.items():
+        known = {text.casefold() for texts in words.values() for text in texts}
         for word in sorted(common & words.keys()):
-            answers = [text for text in words[word] if len(text) > 2 and text.isalpha()]
-            if answers and not echoes_loosely(word, answers[0]):
+            answer = best(words[word], known if code == "spa" else set())
+            if answer and not echoes_loosely(word, answer):
                 prompt = f'What is the {LANGUAGES[code]} word for "{word}"?'
-                group = (answers[0][0].isupper(), ending(answers[0]))
-                facts.append(Fact(LANGUAGES[code], word, prompt, answers[0], frozenset(words[word]), group))
+                group = (answer[0].isupper(), ending(answer))
+                facts.append(Fact(LANGUAGES[code], word, prompt, answer, frozenset(words[word]), group))
     return facts
+
+
+def best(answers, known) -> str:
+    """The translation given most often, and of these the first; none if there are so many that the word has many meanings."""
+    words = [text for text in answers if len(text) > 2 and text.isalpha() and not run_together(text, known)]
+    return max(words, key=words.count) if words and len(set(answers)) <= MOST_MEANINGS else ""
+
+
+def run_together(text, known):
+    """Whether a text looks like several words without the spaces between them, as in the Spanish dictionary: carnedevaca."""
+    if len(text) > 13 or re.sub("^(en|al|por|con|de|sin|dos)(?=.{5})", "-", text).partition("-")[2] in known:
+        return True
+    for cut in range(4, len(text) - 3):
+        rest = re.sub("^(de|del|a|al|en|con|el|la|las|los)(?=....)", "", text[cut:])
+        if text[:cut] in known and any(rest[:-1] + last in known for last in (*"aeo", rest[-1])):
+            return True
+    return False
 
 
 def ending(word):
     """The kind of word, roughly, as its last letters tell: infinitives with infinitives, adverbs with adverbs."""
-    return next((end for end in ("mente", "ment", "ar", "er", "ir", "en", "re", "lich", "ig") if word.endswith(end)), "")
+    return next(
+        (end for end in ("mente", "ment", "ar", "er", "ir", "en", "re", "lich", "ig") if word.endswith(end)), ""
+    )
 
 
 def echoes_loosely(word, answer):
