@@ -54,9 +54,9 @@ def echoes(prompt: str, answer: str) -> bool:
 
 
 def hints(prompt: str, name: str) -> bool:
-    """Whether the prompt contains a part of a name such as "python3-lens" or "Snapshot.compare_to"."""
-    parts = re.findall(r"[A-Z]?[a-z]{3,}|[A-Z]{3,}", name)
-    return any(part.casefold() in prompt.casefold() for part in parts)
+    """Whether the prompt contains a part of a name such as "python3-lens" or "Snapshot.compare_to", or four letters of one."""
+    parts = [part.casefold() for part in re.findall(r"[A-Z]?[a-z]{3,}|[A-Z]{3,}", name)]
+    return any(part[start : start + 4] in prompt.casefold() for part in parts for start in range(max(1, len(part) - 3)))
 
 
 def split_of(unit: str, seed: int) -> str:

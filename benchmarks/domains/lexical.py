@@ -1,6 +1,6 @@
-"""lexical: definitions, synonyms and hypernyms of WordNet 3.0. Key: the first word of the synset.
+"""lexical: definitions, synonyms and hypernyms of WordNet 3.0. Key: the word.
 
-Only the first sense of a word is asked for. Hypernyms: the choices are neighbours in the taxonomy, at the same depth and in
+Only the first sense of a word is asked for, and words that share a synset are in the same split. Hypernyms: the choices are neighbours in the taxonomy, at the same depth and in
 the same lexicographer file, and none is an ancestor of the word in any of its senses.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import namedtuple
 from pathlib import Path
 
-from .items import Fact, from_facts
+from .items import Fact, from_facts, hints
 from .sources import debian
 
 DOMAIN = "lexical"
@@ -72,15 +72,19 @@ def parse_index(line):
 
 def make_facts(synsets, senses, known):
     """Facts of all words that were seen in tagged text: rare ones would not be known to anybody."""
-    facts = []
-    for (pos, offset), synset in synsets.items():
-        key = synset.words[0].casefold()
-        familiar = [word for word in synset.words if (word.casefold(), pos, offset) in known and usable(word)]
-        for word in familiar:
-            facts += _synonym(key, word, synset, synsets, senses)
-        if familiar and familiar[0] == synset.words[0]:
-            facts += _definition(key, synset)
-            facts += _hypernym(key, (pos, offset), synsets, senses)
+    asked = {}
+    for sense, synset in synsets.items():
+        words = [word for word in synset.words if (word.casefold(), *sense) in known and usable(word)]
+        if words:
+            asked[sense] = words
+    units, facts = connected(asked), []
+    common = {word for word, *_ in known}
+    for sense, words in asked.items():
+        for word in words:
+            facts += _synonym(word, sense, synsets, senses, units[sense], common)
+        if words[0] == synsets[sense].words[0]:
+            facts += _definition(words[0], sense, synsets, units[sense])
+            facts += _hypernym(words[0], sense, synsets, senses, units[sense])
     return facts
 
 
@@ -88,44 +92,56 @@ def usable(word):
     return word.replace(" ", "").isalpha() and word.islower() and len(word) > 2 and word.count(" ") < 2
 
 
-def _definition(key, synset):
-    stem = key[:5]
-    if stem in synset.definition.casefold() or not 3 <= len(synset.definition.split()) <= 25:
-        return []
-    prompt = f"Which {_name(synset.pos)} means: {synset.definition}?"
-    return [
-        Fact("definition", key, prompt, synset.words[0], frozenset(synset.words), group=(synset.pos, synset.file)),
-    ]
+def connected(asked) -> dict:
+    """sense -> a name of all senses that it is linked to by words they share, and those by theirs: what goes into one split."""
+    holders = {}
+    for sense, words in asked.items():
+        for word in words:
+            holders.setdefault(word, []).append(sense)
+    units = {}
+    for start in sorted(asked):
+        ahead = [start]
+        while ahead:
+            sense = ahead.pop()
+            if sense not in units:
+                units[sense] = " ".join(start)
+                ahead += [other for word in asked[sense] for other in holders[word]]
+    return units
 
 
 def _name(pos):
     return {"adj": "adjective", "adv": "adverb"}.get(pos, pos)
 
 
-def _synonym(key, word, synset, synsets, senses):
-    others = [other for other in synset.words if other != word and usable(other) and other[:4] != word[:4]]
+def _definition(word, sense, synsets, unit):
+    synset = synsets[sense]
+    if hints(synset.definition, word) or not 3 <= len(synset.definition.split()) <= 25:
+        return []
+    prompt = f"Which {_name(synset.pos)} means: {synset.definition}?"
+    group = (synset.pos, synset.file)
+    return [Fact("definition", word, prompt, word, frozenset(synset.words), group, unit=unit)]
+
+
+def _synonym(word, sense, synsets, senses, unit, common):
+    synset = synsets[sense]
+    others = [other for other in synset.words if other in common and usable(other) and not hints(word, other)]
     if not others:
         return []
-    right = {text for sense in senses[word.casefold()] for text in synsets[sense].words}
+    right = {text for own in senses[word] for text in synsets[own].words}
     prompt = f'Which {_name(synset.pos)} has the same meaning as "{word}"?'
-    return [Fact("synonym", key, prompt, others[0], frozenset(right), group=(synset.pos, synset.file))]
+    group = (synset.pos, synset.file)
+    return [Fact("synonym", word, prompt, others[0], frozenset(right), group, unit=unit)]
 
 
-def _hypernym(key, sense, synsets, senses):
-    synset = synsets[sense]
-    if synset.pos != "noun" or not synset.hypernyms:
-        return []
-    parent = synsets[synset.hypernyms[0]]
+def _hypernym(word, sense, synsets, senses, unit):
     path = ancestors(sense, synsets)
-    right = {text for own in senses[key] for above in [own, *ancestors(own, synsets)] for text in synsets[above].words}
-    prompt = f'What is "{synset.words[0]}" a kind of?'
+    if sense[0] != "noun" or not path or not usable(synsets[path[0]].words[0]):
+        return []
+    parent = synsets[path[0]]
+    right = {text for own in senses[word] for above in [own, *ancestors(own, synsets)] for text in synsets[above].words}
     near = tuple(offset for _, offset in reversed(path))  # from the root downwards: neighbours share a beginning
-    group = (parent.file, len(path))
-    return (
-        [Fact("hypernym", key, prompt, parent.words[0], frozenset(right), group, near)]
-        if usable(parent.words[0])
-        else []
-    )
+    prompt = f'What is "{word}" a kind of?'
+    return [Fact("hypernym", word, prompt, parent.words[0], frozenset(right), (parent.file, len(path)), near, unit)]
 
 
 def ancestors(sense, synsets):
