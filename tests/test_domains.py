@@ -113,7 +113,7 @@ def test_values_are_those_of_the_expression(generated):
 
 def test_functions_of_the_library_are_described_as_they_are():
     facts = {fact.answer: fact.prompt for fact in coding.library_facts()}
-    assert len(facts) > 1000
+    assert len(facts) > 500
     assert facts["textwrap.dedent"] == (
         "What in Python's standard library is this? Remove any common leading whitespace from every line in `text`."
     )
@@ -469,7 +469,7 @@ def test_the_control_finds_numbers_in_the_middle():
                 str(right + off) for off in (0, -rng.randrange(1, 9), rng.randrange(1, 9), rng.randrange(10, 20))
             ]
             splits[split].append({"choices": choices, "answer": 0})
-    assert control.choices_only(splits) > 0.9
+    assert control.choices_only(splits) > 0.5  # by its rank among the four
 
 
 def test_overlap_finds_an_echo():

@@ -47,6 +47,7 @@ LEFT_OUT |= {
     "readline",
 }
 MOST_TRIES = 100  # for each item
+WHOLE = 100  # letters: longer than any part of a name
 
 
 def build(seed, counts):
@@ -228,7 +229,7 @@ def library_facts() -> list[Fact]:
             for name, line in documented(module):
                 found.setdefault(line, set()).add(name)
     facts = [_fact(*names, line) for line, names in found.items() if len(names) == 1]
-    return [fact for fact in facts if not hints(fact.prompt, fact.answer.rsplit(".", 1)[-1])]
+    return [fact for fact in facts if not hints(fact.prompt, fact.answer.rsplit(".", 1)[-1], letters=WHOLE)]
 
 
 def documented(module):
@@ -241,6 +242,8 @@ def documented(module):
         return
     for name, member in sorted(members.items()):
         if name.startswith("_") or not callable(member) or getattr(member, "__module__", None) != module:
+            continue
+        if getattr(member, "__name__", name) != name:  # another name for it
             continue
         if line := first_line(member):
             yield (name if module == "builtins" else f"{module}.{name}"), line

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 SPLITS = ("train", "validation", "test")
+ENDING = " Answer:"
 REACH = 400  # how many facts are tried for a place in a four
 
 
@@ -42,7 +43,7 @@ class Fact:
 
     def _allows(self, other):
         right = {text.casefold() for text in self.right} | {self.answer.casefold()}
-        return other.answer.casefold() in right or echoes(self.prompt, other.answer)
+        return other.answer.casefold() in right or echoes(self.prompt + ENDING, other.answer)
 
 
 def echoes(prompt: str, answer: str) -> bool:
@@ -53,10 +54,11 @@ def echoes(prompt: str, answer: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", prompt) is not None
 
 
-def hints(prompt: str, name: str) -> bool:
-    """Whether the prompt contains a part of a name such as "python3-lens" or "Snapshot.compare_to", or four letters of one."""
+def hints(prompt: str, name: str, letters: int = 4) -> bool:
+    """Whether the prompt contains a part of a name such as "python3-lens" or "compare_to", or so many letters of one."""
     parts = [part.casefold() for part in re.findall(r"[A-Z]?[a-z]{3,}|[A-Z]{3,}", name)]
-    return any(part[start : start + 4] in prompt.casefold() for part in parts for start in range(max(1, len(part) - 3)))
+    pieces = {part[start : start + letters] for part in parts for start in range(max(1, len(part) - letters + 1))}
+    return any(piece in prompt.casefold() for piece in pieces)
 
 
 def split_of(unit: str, seed: int) -> str:
@@ -72,7 +74,7 @@ def generator(*words) -> random.Random:
 def make_item(domain: str, key: str, prompt: str, choices, answer: int) -> dict:
     """One line of a file, as `adafuse eval` reads it."""
     return {
-        "prompt": f"{prompt} Answer:",
+        "prompt": prompt + ENDING,
         "choices": [f" {choice}" for choice in choices],
         "answer": answer,
         "domain": domain,
@@ -112,7 +114,7 @@ def unambiguous(facts) -> list[Fact]:
     return [
         fact
         for fact in facts
-        if asked[fact.prompt] == 1 and fact.answer.strip() and not echoes(fact.prompt, fact.answer)
+        if asked[fact.prompt] == 1 and fact.answer.strip() and not echoes(fact.prompt + ENDING, fact.answer)
     ]
 
 

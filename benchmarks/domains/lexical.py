@@ -1,7 +1,8 @@
 """lexical: definitions, synonyms and hypernyms of WordNet 3.0. Key: the word.
 
-Only the first sense of a word is asked for, and words that share a synset are in the same split. Hypernyms: the choices are neighbours in the taxonomy, at the same depth and in
-the same lexicographer file, and none is an ancestor of the word in any of its senses.
+Only the first sense of a word is asked for, and words that share a synset are in the same split. Hypernyms: the choices are
+neighbours in the taxonomy, at the same depth and in the same lexicographer file, and none is an ancestor of the word in any of
+its senses.
 """
 
 from __future__ import annotations
