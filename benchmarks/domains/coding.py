@@ -28,6 +28,7 @@ LEFT_OUT = {
     "test",
     "lib2to3",
     "ensurepip",
+    "genericpath",
     "venv",
     "curses",
 }

@@ -61,7 +61,8 @@ def _facts(name, section, package):
         return []
     source = package.get("Source", name).split(" ")[0]
     facts = [Fact("section", source, f"In which section of Debian is this package: {text}?", section, near=(0,))]
-    if re.fullmatch(r"[a-z][a-z0-9-]{2,15}", name) and section not in ("libs", "libdevel", "doc"):
+    telling = len(text.split()) > 3 and section not in ("libs", "libdevel", "doc")
+    if telling and re.fullmatch(r"[a-z][a-z0-9-]{2,15}", name):
         prompt = f"Which Debian package is this: {text}?"
         if not hints(prompt, name):
             facts.append(Fact("name", source, prompt, name, group=(section,), near=_form(name)))

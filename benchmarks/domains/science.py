@@ -60,7 +60,7 @@ UNITS = {
     "pressure": "pascal kilopascal bar millibar atmosphere torr psi hectopascal megapascal inch_Hg",
     "energy": "joule kilojoule calorie kilocalorie watt_hour kilowatt_hour british_thermal_unit electron_volt erg megajoule",
     "power": "watt kilowatt horsepower megawatt metric_horsepower milliwatt",
-    "angle": "radian degree arcminute arcsecond turn gradian milliradian",
+    "angle": "radian degree arcminute arcsecond turn milliradian microradian",
     "data": "bit byte kilobyte megabyte gigabyte kibibyte mebibyte kilobit megabit gibibyte",
     "speed": "meter_per_second kilometer_per_hour mile_per_hour knot foot_per_second",
     "force": "newton kilonewton dyne pound_force kilogram_force kip poundal",
