@@ -501,8 +501,10 @@ def test_the_control_is_written(tmp_path):
         == 0
     )
     found = json.loads((tmp_path / "control.json").read_text())
-    assert found["choices only"]["math"] < found["limit"]
-    assert found["random"] == 0.25
+    (row,) = found["rows"]
+    assert row["name"] == "domains/math"
+    assert row["choices only"] < control.LIMIT
+    assert row["random"] == 0.25
 
 
 def test_counts_are_multiples_of_four(tmp_path):

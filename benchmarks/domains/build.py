@@ -58,20 +58,24 @@ def versions(name) -> dict[str, str]:
     return found | {package: pypi_version(package) for package in getattr(module, "PYPI", ())}
 
 
-def control(built, out: Path) -> bool:
+def control(built, seed, out: Path) -> bool:
     """Prints and writes the accuracy of the choices-only reader; whether it is under the limit everywhere."""
+    import record
+
     from domains.control import CHANCE, LIMIT, choices_only, overlap
 
     print(
         f"\n{'accuracy':12}{'random':>14}{'choices only':>14}{'most overlap':>14}    (choices only: limit {LIMIT:.0%})"
     )
-    found, echo = {}, {}
+    rows = []
     for name, splits in built.items():
-        found[name], echo[name] = round(choices_only(splits), 4), round(overlap(splits["test"]), 4)
-        above = "    ABOVE THE LIMIT" if found[name] >= LIMIT else ""
-        print(f"{name:12}{CHANCE:14.1%}{found[name]:14.1%}{echo[name]:14.1%}{above}", flush=True)
-    write_json(out / "control.json", {"random": CHANCE, "limit": LIMIT, "choices only": found, "most overlap": echo})
-    return max(found.values()) < LIMIT
+        case = {"seed": seed, "items": len(splits["test"]), "python": platform.python_version(), **versions(name)}
+        found = {"random": CHANCE, "choices only": choices_only(splits), "most overlap": overlap(splits["test"])}
+        above = "    ABOVE THE LIMIT" if found["choices only"] >= LIMIT else ""
+        print(f"{name:12}" + "".join(f"{value:14.1%}" for value in found.values()) + above, flush=True)
+        rows.append({"name": f"domains/{name}", "case": case, **{key: round(value, 4) for key, value in found.items()}})
+    write_json(out / "control.json", {"env": record.environment(), "rows": rows})
+    return all(row["choices only"] < LIMIT for row in rows)
 
 
 def write_json(path, document):
@@ -92,7 +96,7 @@ def main(arguments=None) -> int:
         sizes = {split: len(items) for split, items in built[name].items()}
         manifest["domains"][name] = {"items": sizes, "sources": versions(name)}
     write_json(options.out / "manifest.json", manifest)
-    return 0 if not options.control or control(built, options.out) else 1
+    return 0 if not options.control or control(built, options.seed, options.out) else 1
 
 
 if __name__ == "__main__":
