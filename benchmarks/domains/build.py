@@ -73,7 +73,7 @@ def control(built, seed, out: Path) -> bool:
         found = {"random": CHANCE, "choices only": choices_only(splits), "most overlap": overlap(splits["test"])}
         above = "    ABOVE THE LIMIT" if found["choices only"] >= LIMIT else ""
         print(f"{name:12}" + "".join(f"{value:14.1%}" for value in found.values()) + above, flush=True)
-        rows.append({"name": f"domains/{name}", "case": case, **{key: round(value, 4) for key, value in found.items()}})
+        rows.append({"name": f"domains/{name}", "case": case, **{key: round(value, 6) for key, value in found.items()}})
     write_json(out / "control.json", {"env": record.environment(), "rows": rows})
     return all(row["choices only"] < LIMIT for row in rows)
 
