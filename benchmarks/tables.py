@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "evaluation.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "evaluation.md", ROOT / "benchmarks" / "domains" / "SOURCES.md")
 # <!-- table NAME GPU --> ... <!-- end -->: NAME is a result file and a key of TABLES.
 MARKED = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -64,6 +64,15 @@ def choices(rows):
     return [*lines, "", f"{rows[0]['case']['items']} held-out questions of the demo, four choices each."]
 
 
+def domains(rows):
+    """Accuracy of readers that know nothing, by domain."""
+    lines = ["| domain | random | choices only | most overlap |", "|---|---|---|---|"]
+    for row in rows:
+        values = [f"{row[what]:.1%}" for what in ("random", "choices only", "most overlap")]
+        lines.append(f"| {row['name'].removeprefix('domains/')} | {' | '.join(values)} |")
+    return [*lines, "", f"{rows[0]['case']['items']} test items a domain, seed {rows[0]['case']['seed']}."]
+
+
 def _mixture(case):
     return f"E {case['num_experts']}, r {case['r']}, K {case['top_k']}, {case['routing']}"
 
@@ -75,7 +84,7 @@ def _source(env, path, document):
     return f"{machine}, {versions}, commit {env['git']}, {env['date']}. From [{name}]({where})."
 
 
-TABLES = {"train_step": train_step, "demo": demo, "choices": choices}
+TABLES = {"train_step": train_step, "demo": demo, "choices": choices, "domains": domains}
 
 
 def fill(document):
