@@ -102,9 +102,9 @@ class AdaFuseModel(PeftSurface):
     @execution.setter
     def execution(self, value):
         check_available(value, self.router.weight.device)
-        switcher = self._switcher(self._switch_source) if value == "switch" else None
         self._leave_switch()
-        self._gate.execution, self._gate.switcher = value, switcher
+        self._gate.switcher = self._switcher() if value == "switch" else None
+        self._gate.execution = value
 
     @property
     def switch_source(self) -> str:
@@ -119,13 +119,13 @@ class AdaFuseModel(PeftSurface):
             raise ValueError('switch_source cannot change while execution="switch"; set another execution first')
         self._switch_source = value
 
-    def _switcher(self, source):
+    def _switcher(self):
         from adafuse.switching import Switcher  # here, since it needs Triton
 
-        self._leave_switch()
         base = self.get_base_model()
         layers = [base.get_submodule(path) for path in self.banks]
-        return Switcher(base, layers, self.adafuse_config, decisions=self.router.num_decisions, source=source)
+        decisions, source = self.router.num_decisions, self._switch_source
+        return Switcher(base, layers, self.adafuse_config, decisions=decisions, source=source)
 
     def _leave_switch(self):
         """The base's own weights again, if an execution by switching has merged experts into them."""

@@ -53,18 +53,17 @@ class Switcher:
     def _lay_out(self, decisions):
         layers, config = self.layers, self.config
         self.weights = [_weight_of(layer) for layer in layers]
-        self.copies = None if self.in_place else [weight.detach().clone() for weight in self.weights]
-        with torch.no_grad():
-            segments = [self._segment(index, layer, decisions) for index, layer in enumerate(layers)]
-            kinds = dict.fromkeys((s.weight.device, s.weight.dtype) for s in segments)
-            self.tables = [
-                SwitchTable([s for s in segments if (s.weight.device, s.weight.dtype) == kind], top_k=config.top_k)
-                for kind in kinds
-            ]
         if len({weight.device for weight in self.weights}) > 1:
             raise ValueError(
                 'execution="switch" needs the adapted linears on one device; use "fused" for a model on several'
             )
+        self.copies = None if self.in_place else [weight.detach().clone() for weight in self.weights]
+        with torch.no_grad():
+            segments = [self._segment(index, layer, decisions) for index, layer in enumerate(layers)]
+            dtypes = dict.fromkeys(s.weight.dtype for s in segments)
+            self.tables = [
+                SwitchTable([s for s in segments if s.weight.dtype == dtype], top_k=config.top_k) for dtype in dtypes
+            ]
         shape, device = (decisions, config.top_k), self.weights[0].device
         self.new, self.old = (
             (torch.zeros(shape, dtype=torch.int32, device=device), torch.zeros(shape, device=device)) for _ in range(2)
