@@ -7,10 +7,11 @@ and together far larger than the L2 cache. What a model has between the linears 
 import torch
 from shapes import SHAPES, groups
 
-from adafuse.ops.batch import add_delta_tiles, lay_out
+from adafuse.ops.batch import add_delta_tiles, expand_tiles, lay_out, shrink_tiles
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.crowd import crowd, cut_for
-from adafuse.ops.decode import EMPTY, decode, decode_ref
+from adafuse.ops.decode import COPIES, EMPTY, decode, decode_ref
+from adafuse.ops.launch import Side
 from adafuse.ops.route import route
 
 MOST_OF_A_CROWD = 256  # tokens
@@ -120,7 +121,7 @@ class Banks:
 class Adapters(Banks):
     """Router and banks for a stack, random; `run` is a decoding step with them, routing included."""
 
-    def __init__(self, stack, *, routing="model", **mixture):
+    def __init__(self, stack, *, routing="model", copies=COPIES, **mixture):
         super().__init__(stack, **mixture)
         self.decisions = stack.blocks if routing == "layer" else 1
         tokens, num_experts, top_k = len(stack.x), self.num_experts, self.top_k
@@ -130,9 +131,10 @@ class Adapters(Banks):
         self.experts = torch.empty(self.decisions, tokens, top_k, dtype=torch.int32, device=stack.device)
         self.weights = torch.empty(self.decisions, tokens, top_k, device=stack.device)
         self.logits = torch.empty(tokens, self.decisions * num_experts, device=stack.device)
-        sizes = [tokens * len(g.widths) * (top_k * self.r + self.shared_rank) for g in stack.groups] * stack.blocks
+        active = top_k * self.r + self.shared_rank
+        sizes = [copies * tokens * len(g.widths) * active for g in stack.groups] * stack.blocks
         self.all_h = torch.empty(sum(sizes), device=stack.device, dtype=torch.int32)
-        self.h = self.all_h.split(sizes)
+        self.h = [h.view(copies, tokens, -1, active) for h in self.all_h.split(sizes)]
 
     def chosen(self, block):
         decision = block if self.decisions > 1 else 0
@@ -161,13 +163,13 @@ class Adapters(Banks):
         )
         first = True
         for step, (block, index, group, x, y) in enumerate(stack.steps()):
-            h = self.h[step].view(len(x), len(group.widths), -1)
+            h = self.h[step]
             parts = [(stack.linears(block, index), self.a[block][index], self.b[block][index], h, y)]
             if not grouped:
                 parts = list(
                     zip(
                         *(_apart(part) for part in parts[0][:3]),
-                        h.split(1, dim=1),
+                        (h_part.view(len(h), len(x), 1, -1) for h_part in h.flatten().chunk(len(group.widths))),
                         y.split(group.widths, 1),
                         strict=True,
                     )
@@ -202,7 +204,12 @@ class Batch(Banks):
 
     def forms(self):
         """Name -> a function that runs the step."""
-        found = {"tiles": self.run_tiles, "tiles_first": self.run_tiles_first, "dense": self.run_dense}
+        found = {
+            "tiles": self.run_tiles,
+            "tiles_first": self.run_tiles_first,
+            "beside": self.run_beside,
+            "dense": self.run_dense,
+        }
         return found | ({"crowd": self.run_crowd} if len(self.experts) <= MOST_OF_A_CROWD else {})
 
     def ratio_of_bytes(self):
@@ -213,8 +220,8 @@ class Batch(Banks):
         """Base and every token's own experts, over the base."""
         return 1 + self.bytes_of(self.top_k) / self.stack.num_bytes
 
-    def tiles(self):
-        return lay_out(self.experts, self.weights, num_experts=self.num_experts, r=self.r)
+    def tiles(self, **blocks):
+        return lay_out(self.experts, self.weights, num_experts=self.num_experts, r=self.r, **blocks)
 
     def run_tiles(self):
         """The vendor's matmul of the base; shrink and expand add to its output."""
@@ -231,6 +238,22 @@ class Batch(Banks):
                 y.split(group.widths, dim=1), x, self.a[block][index], self.b[block][index], tiles, add=False
             )
             y.addmm_(x, self.stack.weights[block][index].T)
+
+    def run_beside(self, base_first=True, priority=0, block_o=None, **blocks):
+        """Shrink on a stream of its own, beside the vendor's matmul of the base; then expand adds to the output."""
+        tiles, side = self.tiles(**blocks), Side(self.stack.device, priority)
+        for block, index, group, x, y in self.stack.steps():
+            w, a = self.stack.weights[block][index], self.a[block][index]
+            if base_first:
+                with side.fork():
+                    torch.mm(x, w.T, out=y)
+                h = shrink_tiles(x, a, tiles)
+            else:
+                with side.fork():
+                    h = shrink_tiles(x, a, tiles)
+                torch.mm(x, w.T, out=y)
+            side.join()
+            expand_tiles(h, self.b[block][index], tiles, y.split(group.widths, dim=1), block_o=block_o)
 
     def run_dense(self):
         """The reference: two matmuls over all ranks, masked between them."""

@@ -11,7 +11,7 @@ from functools import partial
 
 import record
 import torch
-from kernels import check, free, routing, segments
+from kernels import MIXTURES, check, free, routing, segments
 from stack import Adapters, Batch, Stack
 from timing import best_read_times, graph_of, times
 
@@ -19,33 +19,41 @@ from adafuse.ops import decode as decode_op
 from adafuse.ops.switch import SwitchTable, Tile, switch
 
 MODEL = "llama-2-7b"
-DECODE = ({}, {"chunks": 2}, {"chunks": 8}, {"block_j": 2}, {"block_j": 4}, {"chunks": 2, "block_j": 4})
-CROWD = (
+DECODE = tuple(
+    {"copies": copies, "block_j": block_j, "chunks": chunks}
+    for copies, block_j, chunks in ((1, 1, 4), (16, 1, 4), (16, 1, 2), (16, 4, 4), (16, 8, 4), (64, 1, 4), (64, 4, 2))
+)
+CROWD = ({}, {"prefetch": 0}, {"block_i": 64, "num_stages": 6}, {"block_r": 64}, {"num_warps": 8}, {"slots": 250})
+BATCH = (
     {},
-    {"prefetch": 0},
-    {"prefetch": 1024},
-    {"late": 0, "late_steps": 0},
-    {"block_i": 64, "num_stages": 5, "slots": 396},
-    {"block_i": 64, "num_stages": 6},
-    {"block_o": 128, "block_i": 64, "num_stages": 5},
-    {"block_t": 128, "num_warps": 4, "num_stages": 3},
-    {"block_t": 128, "block_o": 256},
+    {"base_first": False},
+    {"base_first": False, "priority": -1},
+    {"block_r": 64},
+    {"block_r": 128},
+    {"block_t": 32, "block_r": 64},
+    {"block_t": 128, "block_r": 64},
+    {"block_t": 128, "block_r": 128},
+    {"block_r": 64, "block_o": 64},
+    {"block_t": 128, "block_r": 64, "block_o": 256},
 )
-PRISTINE = (
-    Tile(128, 128, 16),
-    Tile(128, 128, 32),
-    Tile(128, 128, 16, num_stages=2, registers=True),
-    Tile(128, 128, 16, num_stages=3, registers=True),
-    Tile(128, 128, 16, num_stages=4),
-    Tile(128, 64, 32),
+PREFILL = (
+    {},
+    {"base_first": False},
+    {"block_r": 64},
+    {"block_r": 128},
+    {"block_r": 64, "block_o": 256},
+    {"block_t": 64},
+    {"block_t": 256, "block_r": 64},
 )
+PRISTINE = (Tile(128, 128, 16), Tile(128, 128, 32), Tile(128, 128, 64))
 IN_PLACE = (
-    Tile(128, 64, 32),
-    Tile(128, 64, 32, num_stages=2, registers=True),
-    Tile(128, 64, 32, num_stages=3, registers=True),
     Tile(128, 128, 16, num_stages=2, registers=True),
-    Tile(128, 128, 16, max_ranks=128, num_stages=3),
-    Tile(128, 128, 16, max_ranks=64, num_stages=4),
+    Tile(128, 128, 32, num_stages=2, registers=True),
+    Tile(256, 64, 32, num_stages=2, registers=True),
+    Tile(256, 64, 64, num_stages=2, registers=True),
+    Tile(256, 64, 32, num_warps=16, num_stages=2, registers=True),
+    Tile(256, 64, 32, num_stages=1, registers=True),
+    Tile(256, 32, 64, num_stages=3),
 )
 
 
@@ -71,19 +79,33 @@ def sweep_decode(sweep, _):
     stack = Stack(MODEL)
     bound = best_read_times(stack.flat)
     original = decode_op.Tile.default
-    for name, mixture in (("backbone", None), ("r16", (8, 16, 2)), ("r64", (8, 64, 2)), ("fine", (64, 1, 16))):
-        keys = ("num_experts", "r", "top_k")
-        adapters = mixture and Adapters(stack, **dict(zip(keys, mixture, strict=True)))
-        more = 1 + (adapters.num_bytes / stack.num_bytes if adapters else 0)
-        roofline = record.row(f"roofline_{name}", {}, [sample * more for sample in bound], "ms")
-        sweep.rows.append(roofline)
+    for name, mixture in MIXTURES.items():
         for changes in DECODE:
-            decode_op.Tile.default = lambda *args, changes=changes: replace(original(*args), **changes)
-            holder = adapters or stack
-            run = adapters.run if adapters else stack.run_backbone
-            sweep.time(name, changes, run, roofline, stack.prepare, 30, holder.error)
-        decode_op.Tile.default = original
-        del adapters
+            copies, changed = changes["copies"], {key: changes[key] for key in ("block_j", "chunks")}
+            adapters = Adapters(stack, **mixture, copies=copies)
+            more = 1 + adapters.num_bytes / stack.num_bytes
+            roofline = record.row(f"roofline_{name}", {}, [sample * more for sample in bound], "ms")
+            decode_op.Tile.default = lambda *args, changed=changed: replace(original(*args), **changed)
+            sweep.time(name, changes, adapters.run, roofline, stack.prepare, 30, adapters.error)
+            decode_op.Tile.default = original
+            del adapters
+            free()
+        sweep.rows.append(roofline)
+
+
+def sweep_batch(sweep, tokens):
+    stack = Stack(MODEL, tokens=tokens)
+    repeats = 20 if tokens < 1000 else 6
+    base = record.row("cublas", {}, times(graph_of(stack.run_cublas).replay, stack.prepare, repeats), "ms")
+    sweep.rows.append(base)
+    for r in (16, 64):
+        batch = Batch(stack, num_experts=8, r=r, top_k=2)
+        for name in ("tiles", "tiles_first"):
+            sweep.time(f"{name}_r{r}", {}, batch.forms()[name], base, stack.prepare, repeats, batch.error)
+        for given in BATCH if tokens < 1000 else PREFILL:
+            run = partial(batch.run_beside, **given)
+            sweep.time(f"beside_r{r}", given, run, base, stack.prepare, repeats, batch.error)
+        del batch
         free()
 
 
@@ -104,7 +126,7 @@ def sweep_switch(sweep, _):
     source = stack.flat.clone()
     copy = record.row("copy", {}, times(lambda: stack.flat.copy_(source)), "ms")
     sweep.rows.append(copy)
-    for r in (64, 16):
+    for r in (64,):
         adapters = Adapters(stack, num_experts=8, r=r, top_k=2)
         new, old = routing(0), routing(1)
         for name, tiles, found, before in (
@@ -120,10 +142,10 @@ def sweep_switch(sweep, _):
 
 
 def main():
-    kernels = {"decode": sweep_decode, "crowd": sweep_crowd, "switch": sweep_switch}
+    kernels = {"decode": sweep_decode, "batch": sweep_batch, "crowd": sweep_crowd, "switch": sweep_switch}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", choices=kernels, required=True)
-    parser.add_argument("--tokens", type=int, default=32, help="of the crowd")
+    parser.add_argument("--tokens", type=int, default=32, help="of a crowd or batch")
     parser.add_argument("--out", required=True, help="JSON file to write")
     args = parser.parse_args()
     torch.set_grad_enabled(False)

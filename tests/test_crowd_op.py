@@ -25,7 +25,7 @@ CUTS = [
     {"programs": 1, "shrinks": 1},
     {"programs": 3, "shrinks": 2, "block_i": 32},
     {"programs": 7, "shrinks": 5, "block_i": 16, "block_o": 32},
-    {"programs": 9, "shrinks": 3, "late": 4, "late_steps": 13, "block_i": 16, "block_o": 32},
+    {"programs": 13, "shrinks": 3, "block_i": 16, "block_o": 32},
     {"programs": 61, "shrinks": 23, "block_i": 16, "block_r": 16},
     {"programs": 10, "shrinks": 9, "block_t": 16, "block_i": 32},
     {"programs": 4, "block_o": 128, "block_r": 128, "block_t": 32},
@@ -170,8 +170,6 @@ def test_default_cuts_leave_nobody_without_work(tokens, ranks):
         tiles = sum(-(-o // cut.block_o) for o in widths) * token_tiles
         steps = -(-features // cut.block_i)
         assert cut.programs <= tiles * steps
-        assert cut.late < cut.programs
-        assert (cut.late > 0) == (cut.late_steps > 0)
         pieces = len(widths) * -(-ranks // cut.block_o) * token_tiles
         assert (cut.shrinks == 0) == (ranks == 0)
         assert cut.shrinks <= pieces * steps
@@ -217,7 +215,6 @@ def bad(change):
         (lambda a: {"partial": a["partial"][1:]}, "partial is"),
         (lambda a: {"flags": a["flags"][1:]}, "flags are"),
         (lambda a: {"cut": a["cut"]._replace(shrinks=0)}, "make it with cut_for"),
-        (lambda a: {"cut": a["cut"]._replace(late=1)}, "make it with cut_for"),
         (lambda a: {"cut": a["cut"]._replace(block_i=24)}, "power of two"),
         (lambda a: {"cut": a["cut"]._replace(block_r=128)}, "unwritten"),
     ],

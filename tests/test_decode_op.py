@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from adafuse.ops.chosen import Chosen
-from adafuse.ops.decode import EMPTY, Tile, decode, decode_ref, expand, expand_ref, shrink, shrink_ref
+from adafuse.ops.decode import COPIES, EMPTY, Tile, decode, decode_ref, expand, expand_ref, shrink, shrink_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative RMS
@@ -82,20 +82,21 @@ def empty(*shape):
     return torch.full(shape, EMPTY.value, device=DEVICE, dtype=torch.int32)
 
 
-def check(size, dtype, kind="uniform", **options):
+def check(size, dtype, kind="uniform", copies=COPIES, **options):
     x, weights, banks_a, banks_b, chosen = a_case(*size, dtype, kind)
     exact = [loop(x, *each, chosen) for each in zip(weights, banks_a, banks_b, strict=True)]
     exact_h = torch.stack([each for each, _ in exact])
-    h = empty(len(x), len(weights), chosen.active)
+    h = empty(copies, len(x), len(weights), chosen.active)
     y = nan(len(x), sum(size[2]), dtype=dtype)
     decode(x, weights, y, banks_a=banks_a, banks_b=banks_b, chosen=chosen, h=h, **options)
-    assert relative_error(h.view(torch.float32).transpose(0, 1), exact_h) < 1e-5
+    for copy in h.view(torch.float32):
+        assert relative_error(copy.transpose(0, 1), exact_h) < 1e-5
     assert relative_error(y, torch.cat([each for _, each in exact], -1)) < LIMITS[dtype]
     plain = decode(x, weights, nan(len(x), sum(size[2]), dtype=dtype), **options)
     assert (
         relative_error(plain, torch.cat([x.double().cpu() @ w.double().cpu().T for w in weights], -1)) < LIMITS[dtype]
     )
-    h = shrink(x, banks_a, chosen, empty(*h.shape))
+    h = shrink(x, banks_a, chosen, empty(*h.shape[1:]))
     assert relative_error(h.view(torch.float32).transpose(0, 1), exact_h) < 1e-5
     for m, part in enumerate(plain.clone().split(size[2], dim=-1)):
         assert relative_error(expand(h[:, m], banks_b[m], chosen, part.clone()), exact[m][1]) < LIMITS[dtype]
@@ -144,7 +145,7 @@ def broken(**changes):
     """decode's arguments for a small case, one of them wrong."""
     x, weights, banks_a, banks_b, chosen = a_case(2, 64, (32, 16), 4, 2, 2, 0, torch.float32)
     arguments = {"x": x, "base_weights": weights, "banks_a": banks_a, "banks_b": banks_b, "chosen": chosen}
-    arguments |= {"out": nan(2, 48), "h": empty(2, 2, chosen.active)}
+    arguments |= {"out": nan(2, 48), "h": empty(COPIES, 2, 2, chosen.active)}
     return arguments | {name: change(arguments[name]) for name, change in changes.items()}
 
 
@@ -157,7 +158,8 @@ def broken(**changes):
         ({"x": lambda x: x.bfloat16()}, "base_weights is torch.float32 .* x is torch.bfloat16"),
         ({"base_weights": lambda ws: [w.T.contiguous().T for w in ws]}, "must be a contiguous matrix"),
         ({"banks_b": lambda bs: [b[:5].contiguous() for b in bs]}, "banks_b has 5 rows, but the routing is of 8 ranks"),
-        ({"h": lambda h: h[:, :1]}, r"h must be contiguous int32 \[2, 2, 4\]"),
+        ({"h": lambda h: h[:, :1]}, r"h must be contiguous int32 \[C, 2, 2, 4\]"),
+        ({"h": lambda h: h[:3]}, "C a power of two"),
         ({"h": lambda _: None}, "h must be contiguous int32"),
         ({"base_weights": lambda ws: [w.requires_grad_() for w in ws]}, "no backward pass"),
     ],

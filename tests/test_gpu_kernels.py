@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from adafuse.ops.decode import decode, decode_ref
+from adafuse.ops.decode import COPIES, decode, decode_ref
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -55,6 +55,8 @@ def write_late(target, source):
 def test_the_delay_catches_a_kernel_that_does_not_wait(wait):
     """Without this the tests below could not fail."""
     source, late, seen = torch.randn(1024, device="cuda"), nan(1024), nan(1024)
+    _copy_kernel[(1,)](late, seen, 1024, BLOCK=1024, WAIT=wait, launch_pdl=True)  # compiled ahead
+    write_late(seen.clone(), source)
     torch.cuda.synchronize()
     write_late(late, source)
     _copy_kernel[(1,)](late, seen, 1024, BLOCK=1024, WAIT=wait, launch_pdl=True)
@@ -70,10 +72,12 @@ def test_decode_waits_for_its_input_and_passes_the_wait_on(adapted, times):
     back = [torch.randn(4096, 2560, device="cuda").bfloat16() / 50]
     late, first, second = nan(*x.shape, dtype=x.dtype), nan(1, 2560, dtype=x.dtype), nan(1, 4096, dtype=x.dtype)
     mixture = (
-        {"banks_a": banks_a, "banks_b": banks_b, "chosen": chosen, "h": empty(1, 2, chosen.active)} if adapted else {}
+        {"banks_a": banks_a, "banks_b": banks_b, "chosen": chosen, "h": empty(COPIES, 1, 2, chosen.active)}
+        if adapted
+        else {}
     )
     decode(
-        x, weights, first.clone(), **{**mixture, "h": empty(1, 2, chosen.active)} if adapted else {}
+        x, weights, first.clone(), **{**mixture, "h": empty(COPIES, 1, 2, chosen.active)} if adapted else {}
     )  # compiled ahead
     decode(first, back, second.clone(), pdl=True)
     torch.cuda.synchronize()
@@ -96,9 +100,9 @@ def test_decode_after_the_plan_waits_for_it(times):
     )
     outs = [nan(1, 2560, dtype=x.dtype) for _ in range(2)]
     banks = {"banks_a": banks_a, "banks_b": banks_b, "pdl": True}
-    hs = [empty(1, 2, chosen.active) for _ in range(2)]
+    hs = [empty(COPIES, 1, 2, chosen.active) for _ in range(2)]
     for after_plan in (True, False):  # compiled ahead
-        h = empty(1, 2, chosen.active)
+        h = empty(COPIES, 1, 2, chosen.active)
         decode(x, weights, outs[0].clone(), **banks, chosen=chosen, h=h, after_plan=after_plan)
     torch.cuda.synchronize()
     write_late(late.experts, chosen.experts)
@@ -121,7 +125,7 @@ def test_no_program_takes_a_rank_for_there_that_is_not(size):
     out, late = nan(1, sum(size[2]), dtype=x.dtype), nan(*x.shape, dtype=x.dtype)
     bad = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(1000):
-        h = empty(1, 1, chosen.active)
+        h = empty(COPIES, 1, 1, chosen.active)
         late.fill_(float("nan"))
         _late_copy_kernel[(triton.cdiv(x.numel(), 1024),)](x, late, x.numel(), 5_000, BLOCK=1024)
         decode(late, weights, out, banks_a=banks_a, banks_b=banks_b, chosen=chosen, h=h, pdl=True)
@@ -131,7 +135,7 @@ def test_no_program_takes_a_rank_for_there_that_is_not(size):
 
 def test_decode_runs_in_a_graph_without_host_sync():
     x, weights, banks_a, banks_b, chosen = a_case(*SIZE, torch.bfloat16)
-    out, h = nan(1, 2560, dtype=x.dtype), empty(1, 2, chosen.active)
+    out, h = nan(1, 2560, dtype=x.dtype), empty(COPIES, 1, 2, chosen.active)
 
     def step():
         h.fill_(-1)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from adafuse.ops.batch import add_delta_tiles
-from adafuse.ops.decode import EMPTY, MAX_FEATURES, decode, expand, shrink
+from adafuse.ops.decode import COPIES, EMPTY, MAX_FEATURES, decode, expand, shrink
 from adafuse.plan import BlockPlan, Plan
 
 
@@ -44,7 +44,7 @@ class FusedBlock:
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         if plan.tiles is None and not args and not kwargs and _is_plain(layer, x, dtype):
             y = rows.new_empty(len(rows), layer.out_features)
-            h = _h(rows, plan.chosen)
+            h = _h(rows, plan.chosen).fill_(EMPTY.value)
             decode(rows, (base.weight,), y, banks_a=(a,), banks_b=(b,), chosen=plan.chosen, h=h)
             return y.view(*x.shape[:-1], -1)
         y = base(x, *args, **kwargs)
@@ -58,7 +58,7 @@ class FusedBlock:
         if plan.tiles is not None:
             add_delta_tiles(y.view(-1, y.shape[-1]), rows, a, b, plan.tiles)
         else:
-            h = shrink(rows, (a,), plan.chosen, _h(rows, plan.chosen))
+            h = shrink(rows, (a,), plan.chosen, _h(rows, plan.chosen)[0])
             expand(h[:, 0], b, plan.chosen, y.view(-1, y.shape[-1]))
         return y
 
@@ -73,7 +73,7 @@ def refuse_gradient_of_input(layer, x):
 
 
 def _h(rows, chosen):
-    return torch.full((len(rows), 1, chosen.active), EMPTY.value, dtype=torch.int32, device=rows.device)
+    return torch.empty(COPIES, len(rows), 1, chosen.active, dtype=torch.int32, device=rows.device)
 
 
 def _is_plain(layer, x, dtype):

@@ -13,7 +13,6 @@ of tiles ("stream-K"): every processor gets the same number of bytes. A program 
 
 * It starts with the first steps of a tile whose last steps belong to a later program, and hands its sum over in `partial`. It ends
   with the last steps of a tile which others began, adds their sums in fixed order, and stores the tile. Whole tiles lie between.
-* Programs that start late, when shrinks end and leave their places, have less to do.
 * So the sums and the h that a program waits for were made by programs before it in the grid: programs start in that order, so
   nobody waits for one that cannot start, however few the device holds at once. Most of the time they have long been there.
 
@@ -49,8 +48,7 @@ SHARED_MEMORY = 227 * 1024  # of a processor
 class Cut(NamedTuple):
     """How a group's work is cut.
 
-    block_r: ranks of a step over B and h. late: how many of the `programs` start when the shrinks end, in their places; they share
-    the last late_steps steps. prefetch: features of each row asked for ahead of the input.
+    block_r: ranks of a step over B and h. prefetch: features of each row asked for ahead of the input.
     """
 
     block_t: int
@@ -59,8 +57,6 @@ class Cut(NamedTuple):
     block_r: int
     shrinks: int
     programs: int
-    late: int
-    late_steps: int
     prefetch: int
     num_warps: int
     num_stages: int
@@ -110,19 +106,12 @@ def cut_for(tokens, features, widths, ranks, dtype=torch.bfloat16, *, processors
     shrinks = given.get("shrinks", pieces * max(1, i_steps // each))
     shrinks = min(shrinks, pieces * i_steps) if ranks else 0
     programs = given.get("programs", min(slots, cdiv(total, 4)))
-    late = late_steps = 0
-    if 0 < shrinks < programs == slots:  # every place gets as many steps, of A and W together
-        late_steps = (total + pieces * i_steps) * shrinks // slots - pieces * i_steps
-        late = shrinks if late_steps >= 4 * shrinks else 0
-    late, late_steps = given.get("late", late), given.get("late_steps", late_steps)
-    if ranks and not late and "programs" not in given:
+    if ranks and "programs" not in given:  # the places that the shrinks leave, which are done soon after
         programs = min(programs, max(slots - shrinks, slots // 2))
     return Cut(
         **shape,
         shrinks=shrinks,
         programs=max(1, min(programs, total)),
-        late=late,
-        late_steps=late_steps if late else 0,
         prefetch=given.get("prefetch", 4 * shape["block_i"]),
     )
 
@@ -192,16 +181,9 @@ def _set(flag):
 
 
 @triton.jit
-def _owner(step, early, early_steps, late, late_steps):
-    """Which program has this step: the last that starts at or before it.
-
-    Program p < early starts at p * early_steps // early; the late ones share the steps that follow in the same way.
-    """
-    if step < early_steps:  # noqa: SIM108 - too long for one line
-        owner = ((step + 1) * early - 1) // early_steps
-    else:
-        owner = early + ((step - early_steps + 1) * late - 1) // late_steps
-    return owner
+def _owner(step, programs, total):
+    """Which program has this step: the last that starts at or before it. Program p starts at p * total // programs."""
+    return ((step + 1) * programs - 1) // total
 
 
 @triton.jit
@@ -232,7 +214,7 @@ def _tile(
     return w, b, linear, block, column, width
 
 
-@triton.jit(do_not_specialize=["T", "shrinks", "late", "late_steps"])
+@triton.jit(do_not_specialize=["T", "shrinks"])
 def _crowd_kernel(
     x,
     base_weights,
@@ -247,8 +229,6 @@ def _crowd_kernel(
     stride_y,
     T,
     shrinks,
-    late,
-    late_steps,
     widths: tl.constexpr,
     O_TILES: tl.constexpr,
     I: tl.constexpr,
@@ -277,17 +257,13 @@ def _crowd_kernel(
     token_tiles = (T + BLOCK_T - 1) // BLOCK_T
     h_flags = flags + tl.num_programs(0)
     index, steps, shrinking = pid - shrinks, I_STEPS + R_STEPS, False
-    early, early_steps = tl.num_programs(0) - shrinks - late, O_TILES * token_tiles * steps - late_steps
+    programs, total = tl.num_programs(0) - shrinks, O_TILES * token_tiles * steps
     if R > 0:
         shrinking = pid < shrinks
         if shrinking:
-            index, steps, late, late_steps = pid, I_STEPS, 0, 0
-            early, early_steps = shrinks, len(base_weights) * R_TILES * token_tiles * I_STEPS
-    if index < early:
-        first, end = index * early_steps // early, (index + 1) * early_steps // early
-    else:
-        first = early_steps + (index - early) * late_steps // late
-        end = early_steps + (index - early + 1) * late_steps // late
+            index, steps = pid, I_STEPS
+            programs, total = shrinks, len(base_weights) * R_TILES * token_tiles * I_STEPS
+    first, end = index * total // programs, (index + 1) * total // programs
 
     if PREFETCH > 0 and PDL:
         place = (end - 1) // steps
@@ -354,7 +330,7 @@ def _crowd_kernel(
             tl.store(partial + pid * (BLOCK_O * BLOCK_T) + inside, acc)
             _set(flags + pid)
         else:
-            for other in range(pid - index + _owner(place * steps, early, early_steps, late, late_steps), pid):
+            for other in range(pid - index + _owner(place * steps, programs, total), pid):
                 _wait_for(flags + other + tl.arange(0, 1))
                 acc += tl.load(partial + other * (BLOCK_O * BLOCK_T) + inside, cache_modifier=".cg")
             if shrinking:
@@ -418,8 +394,6 @@ def crowd(
             out.stride(0),
             tokens,
             cut.shrinks,
-            cut.late,
-            cut.late_steps,
             widths=widths,
             O_TILES=sum(cdiv(width, cut.block_o) for width in widths),
             I=features,
@@ -485,12 +459,10 @@ def _check(x, base_weights, out, banks_a, banks_b, gates, r, h, partial, flags, 
             f"block_r {cut.block_r} is larger than block_o {cut.block_o}: pieces of h would stay unwritten"
         )
     pieces, tiles, i_steps, r_steps = _work(cut._asdict(), tokens, features, widths, ranks)
-    early, early_steps = cut.programs - cut.late, tiles * (i_steps + r_steps) - cut.late_steps
     # A program without a step would never say that it is done.
-    sound = 1 <= early <= early_steps and 0 <= cut.late <= cut.late_steps and (cut.late > 0) == (cut.late_steps > 0)
-    if not sound or not min(1, ranks) <= cut.shrinks <= pieces * i_steps:
+    if not (1 <= cut.programs <= tiles * (i_steps + r_steps) and min(1, ranks) <= cut.shrinks <= pieces * i_steps):
         raise ValueError(
-            f"the cut has {cut.programs} programs ({cut.late} late) and {cut.shrinks} shrinks: make it with cut_for these shapes"
+            f"the cut has {cut.programs} programs and {cut.shrinks} shrinks: make it with cut_for these shapes"
         )
     _check_tensor("partial", partial, cut.partial_shape, torch.float32)
     need = cut.num_flags(tokens, len(widths), ranks)

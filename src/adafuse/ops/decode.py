@@ -14,8 +14,9 @@ before it:
 * A program holds whole rows in registers, so that 20 MB are on their way to the processors or there when the wait ends. It
   asks for them a quarter at a time: all at once, the input would queue behind them (4.18 ms instead of 4.24 ms for the linears of
   Llama-2-7B, on an H100).
-* Programs learn that h is there from h itself: it is EMPTY until written. A counter, polled by hundreds of programs, cost more than
-  a second launch (5.4 ms instead of 4.6 ms).
+* Programs learn that h is there from h itself: it is EMPTY until written. There are COPIES of it, each read by some of the programs:
+  when all look at the same few cache lines, the looks queue up, and what is written queues behind them (6.9 ms instead of 4.5 ms
+  in two launches, with 32 active ranks).
 
 T tokens, K experts a token, J active ranks a token, R ranks in all, I and O features.
 """
@@ -34,6 +35,7 @@ from adafuse.ops.launch import INTERPRETED, launch_options
 
 MAX_TOKENS = 8
 MAX_FEATURES = 65536
+COPIES = 16  # of h
 WARP_BYTES = 8192  # of W that a warp holds: 64 registers a thread
 EMPTY = tl.constexpr(-1)  # the bits of a NaN that no computation makes
 QUIET_NAN = tl.constexpr(0x7FC00000)
@@ -97,6 +99,7 @@ def _shrink_block(
     shared_scale,
     pid,
     token,
+    T: tl.constexpr,
     I: tl.constexpr,
     K: tl.constexpr,
     r: tl.constexpr,
@@ -104,6 +107,7 @@ def _shrink_block(
     BLOCK_J: tl.constexpr,
     BLOCK_I: tl.constexpr,
     ALIGNED: tl.constexpr,
+    COPIES: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     """BLOCK_J active ranks of one linear for one token: block `pid` of the linears' blocks, one linear after another."""
@@ -125,7 +129,9 @@ def _shrink_block(
     total = tl.sum(tile.to(tl.float32) * xs.to(tl.float32)[None, :], 1) * scale
     bits = total.to(tl.int32, bitcast=True)
     bits = tl.where(bits == EMPTY, QUIET_NAN, bits)
-    tl.store(h + (token * len(banks_a) + linear) * J + j, bits, mask=j < J)
+    copy = tl.arange(0, COPIES) * (T * len(banks_a) * J)
+    where = h + (token * len(banks_a) + linear) * J + j[None, :] + copy[:, None]
+    tl.store(where, tl.broadcast_to(bits[None, :], [COPIES, BLOCK_J]), mask=(j < J)[None, :])
 
 
 @triton.jit
@@ -149,7 +155,8 @@ def _shrink_kernel(
     """Grid (linears * blocks of J, T)."""
     pid, token = tl.program_id(0), tl.program_id(1)
     _shrink_block(
-        x, banks_a, experts, weights, h, stride_x, shared_row, shared_scale, pid, token, I, K, r, S, BLOCK_J, BLOCK_I, ALIGNED, False
+        x, banks_a, experts, weights, h, stride_x, shared_row, shared_scale, pid, token,
+        0, I, K, r, S, BLOCK_J, BLOCK_I, ALIGNED, 1, False,
     )  # fmt: skip
 
 
@@ -225,6 +232,7 @@ def _decode_kernel(
     r: tl.constexpr,
     S: tl.constexpr,
     SHRINKS: tl.constexpr,
+    COPIES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -246,13 +254,15 @@ def _decode_kernel(
         if pid < SHRINKS * T:
             _shrink_block(
                 x, banks_a, experts, weights, h, stride_x, shared_row, shared_scale, pid % SHRINKS, pid // SHRINKS,
-                I, K, r, S, BLOCK_SHRINK, BLOCK_I, ALIGNED, PDL and not AFTER_PLAN,
+                T, I, K, r, S, BLOCK_SHRINK, BLOCK_I, ALIGNED, COPIES, PDL and not AFTER_PLAN,
             )  # fmt: skip
             return
     w, linear, block, column, width = _tile_of(pid - SHRINKS * T, base_weights, widths, BLOCK_O)
     o = block * BLOCK_O + tl.arange(0, BLOCK_O)
     row = tl.minimum(o, width - 1)  # outputs past the last are computed from the last row, and not stored
     j = tl.arange(0, BLOCK_J)
+    if J > 0:
+        my_h = h + pid % COPIES * (T * len(base_weights) * J)
     if J > 0 and T == 1:
         b_rows = _rows(experts, 0, shared_row, j, K, r, S)
     i = tl.arange(0, CHUNK)
@@ -274,7 +284,7 @@ def _decode_kernel(
     if PDL and not AFTER_PLAN:
         tl.extra.cuda.gdc_wait()
     if J > 0 and T == 1:  # in all but the first programs h is there by now: a look before the products costs no time
-        h_at = h + linear * J + j
+        h_at = my_h + linear * J + j
         bits = _look(h_at, j < J)
     tokens = tl.arange(0, BLOCK_T)
     acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
@@ -289,7 +299,7 @@ def _decode_kernel(
             if T > 1:
                 b_rows = _rows(experts, t, shared_row, j, K, r, S)
                 b_tile = _columns_of_b(b, b_rows, row, j, width, J, BLOCK_O, ALIGNED)
-                h_at = h + (t * len(base_weights) + linear) * J + j
+                h_at = my_h + (t * len(base_weights) + linear) * J + j
                 bits = _look(h_at, j < J)
             hs = _once_written(bits, h_at, j < J)
             part = tl.sum(b_tile.to(tl.float32) * hs[:, None], 0)
@@ -384,11 +394,14 @@ def decode(
     h[t, m, j] = scale(t, j) * sum_i banks_a[m][row(t, j), i] x[t, i]. One launch. Without `chosen`: the base linears alone.
 
     x [T <= 8, I], its last axis contiguous; base_weights: for each linear of the group [O_m, I]; banks_a [R, I], banks_b [R, O_m],
-    all of the dtype of x. h [T, M, J] int32, filled with EMPTY before each call: programs read it when it is no longer so.
+    all of the dtype of x. h [C, T, M, J] int32: C (COPIES) copies,
+    filled with EMPTY before each call: programs read it when it is no longer so.
     out [T, O_1 + ... + O_M], written whole, the linears' outputs side by side. Summed in fp32. after_plan: the kernel ahead
     in the stream is the one that writes `chosen`. No host sync, no allocation: safe inside a CUDA graph.
     """
-    _check(x, chosen, h, base_weights=base_weights, banks_a=banks_a, banks_b=banks_b, out=(out,))
+    _check(x, chosen, base_weights=base_weights, banks_a=banks_a, banks_b=banks_b, out=(out,))
+    if chosen:
+        _check_h("h", h, ("C", len(x), len(base_weights), chosen.active))
     tokens, features = x.shape
     widths = tuple(len(w) for w in base_weights)
     tile = tile or Tile.default(features, x.element_size())
@@ -417,6 +430,7 @@ def decode(
             r=chosen.r if adapted else 1,
             S=chosen.shared_rank if adapted else 0,
             SHRINKS=shrinks,
+            COPIES=len(h) if adapted else 1,
             BLOCK_T=triton.next_power_of_2(tokens),
             BLOCK_O=tile.block_o,
             BLOCK_I=_columns(features),
@@ -438,7 +452,8 @@ def shrink(x, banks_a, chosen: Chosen, out, *, num_warps=4):
     x [T, I], its last axis contiguous; banks_a: for each linear of the group [R, I], the dtype of x; out [T, M, J] int32: the bits of
     fp32 numbers, written whole. Summed in fp32. No host sync, no allocation: safe inside a CUDA graph.
     """
-    _check(x, chosen, out, banks_a=banks_a)
+    _check(x, chosen, banks_a=banks_a)
+    _check_h("out", out, (len(x), len(banks_a), chosen.active))
     tokens, features = x.shape
     with torch.cuda.device_of(x):
         _shrink_kernel[(len(banks_a) * chosen.active, tokens)](
@@ -500,7 +515,7 @@ def expand(h, b, chosen: Chosen, y, *, block_o=256, num_warps=4):
     return y
 
 
-def _check(x, chosen, h, **matrices):
+def _check(x, chosen, **matrices):
     """ValueError for what the kernels cannot read. `matrices`: by name, tuples of one each linear."""
     refuse_gradients(x, *(m for group in matrices.values() for m in group), *([chosen.weights] if chosen else []))
     if x.dim() != 2 or not 1 <= len(x) <= MAX_TOKENS or x.shape[1] > MAX_FEATURES or x.stride(1) != 1:
@@ -524,9 +539,6 @@ def _check(x, chosen, h, **matrices):
         _check_group(x, chosen, **matrices)
     if chosen:
         _check_chosen(x, chosen)
-        linears = len(matrices["banks_a"])
-        if h is None or h.shape != (len(x), linears, chosen.active) or h.dtype != torch.int32 or not h.is_contiguous():
-            raise ValueError(f"h must be contiguous int32 [{len(x)}, {linears}, {chosen.active}]")
 
 
 def _check_group(x, chosen, base_weights, banks_a, banks_b, out):
@@ -537,6 +549,17 @@ def _check_group(x, chosen, base_weights, banks_a, banks_b, out):
         raise ValueError(
             f"{len(banks_a)} banks_a, and banks_b of {[b.shape[1] for b in banks_b]} features, for linears of {widths}"
         )
+
+
+def _check_h(name, h, shape):
+    """shape: "C" stands for any power of two."""
+    found = () if h is None else h.shape
+    good = len(found) == len(shape) and all(
+        n == of or (of == "C" and n & (n - 1) == 0 < n) for n, of in zip(found, shape, strict=False)
+    )
+    if not good or h.dtype != torch.int32 or not h.is_contiguous():
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must be contiguous int32 [{wanted}] (C a power of two), got {list(found)}")
 
 
 def _check_chosen(x, chosen):
