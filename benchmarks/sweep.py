@@ -16,12 +16,19 @@ from stack import Adapters, Batch, Stack
 from timing import best_read_times, graph_of, times
 
 from adafuse.ops import decode as decode_op
+from adafuse.ops.decode import COPIES
 from adafuse.ops.switch import SwitchTable, Tile, switch
 
 MODEL = "llama-2-7b"
-DECODE = tuple(
-    {"copies": copies, "block_j": block_j, "chunks": chunks}
-    for copies, block_j, chunks in ((1, 1, 4), (16, 1, 4), (16, 1, 2), (16, 4, 4), (16, 8, 4), (64, 1, 4), (64, 4, 2))
+DECODE = (
+    {},
+    {"copies": 64},
+    {"resident": 0},
+    {"resident": 0, "copies": 64},
+    {"block_j": 1},
+    {"block_j": 1, "resident": 4},
+    {"chunks": 2},
+    {"resident": 4},
 )
 CROWD = ({}, {"prefetch": 0}, {"block_i": 64, "num_stages": 6}, {"block_r": 64}, {"num_warps": 8}, {"slots": 250})
 BATCH = (
@@ -48,12 +55,9 @@ PREFILL = (
 PRISTINE = (Tile(128, 128, 16), Tile(128, 128, 32), Tile(128, 128, 64))
 IN_PLACE = (
     Tile(128, 128, 16, num_stages=2, registers=True),
-    Tile(128, 128, 32, num_stages=2, registers=True),
-    Tile(256, 64, 32, num_stages=2, registers=True),
-    Tile(256, 64, 64, num_stages=2, registers=True),
-    Tile(256, 64, 32, num_warps=16, num_stages=2, registers=True),
-    Tile(256, 64, 32, num_stages=1, registers=True),
-    Tile(256, 32, 64, num_stages=3),
+    Tile(128, 128, 43, num_stages=2, registers=True),
+    Tile(128, 128, 64, num_stages=2, registers=True),
+    Tile(128, 128, 86, num_stages=2, registers=True),
 )
 
 
@@ -81,8 +85,8 @@ def sweep_decode(sweep, _):
     original = decode_op.Tile.default
     for name, mixture in MIXTURES.items():
         for changes in DECODE:
-            copies, changed = changes["copies"], {key: changes[key] for key in ("block_j", "chunks")}
-            adapters = Adapters(stack, **mixture, copies=copies)
+            changed = {key: value for key, value in changes.items() if key != "copies"}
+            adapters = Adapters(stack, **mixture, copies=changes.get("copies", COPIES))
             more = 1 + adapters.num_bytes / stack.num_bytes
             roofline = record.row(f"roofline_{name}", {}, [sample * more for sample in bound], "ms")
             decode_op.Tile.default = lambda *args, changed=changed: replace(original(*args), **changed)

@@ -31,7 +31,7 @@ import triton.language as tl
 
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import INTERPRETED, launch_options
+from adafuse.ops.launch import INTERPRETED, launch_options, processors
 
 MAX_TOKENS = 8
 MAX_FEATURES = 65536
@@ -88,6 +88,48 @@ def _pick(parts, index):
 
 
 @triton.jit
+def _bits(tile):
+    """A tensor's bits as integers."""
+    SAME: tl.constexpr = tl.int16 if tile.dtype.primitive_bitwidth == 16 else tl.int32
+    return tile.to(SAME, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def _held_rows(matrix, row, zero, I: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
+    """Rows of a matrix of I columns, whole, in registers: a tuple of [rows, CHUNK].
+
+    `zero` is 0, which the compiler does not know: a chunk is asked for when the one before has come.
+    """
+    i = tl.arange(0, CHUNK)
+    pointers = matrix + row.to(tl.int64)[:, None] * I + i[None, :]
+    held = ()
+    for c in tl.static_range(0, I, CHUNK):
+        if c > 0:
+            pointers += CHUNK + (_bits(held[c // CHUNK - 1]) & zero)
+        if ALIGNED:  # the compiler cannot see it through a choice of pointers
+            pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 16)), (1, 16))
+        chunk = tl.load(pointers, mask=(c + i < I)[None, :], other=0.0, eviction_policy="evict_first")
+        held = held + (chunk,)  # noqa: RUF005 - Triton's tuples
+    return held
+
+
+@triton.jit
+def _products(
+    held, x, stride_x, T: tl.constexpr, I: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr
+):  # fmt: skip
+    """[BLOCK_T, BLOCK_O]: the held rows times the tokens."""
+    i, tokens = tl.arange(0, CHUNK), tl.arange(0, BLOCK_T)
+    acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
+    for t in tl.static_range(T):
+        products = tl.zeros([BLOCK_O, CHUNK], tl.float32)
+        for c in tl.static_range(0, I, CHUNK):
+            xs = tl.load(x + t * stride_x + c + i, mask=c + i < I, other=0.0)
+            products += held[c // CHUNK].to(tl.float32) * xs.to(tl.float32)[None, :]
+        acc += tl.where(tokens[:, None] == t, tl.sum(products, 1)[None, :], 0.0)
+    return acc
+
+
+@triton.jit
 def _shrink_block(
     x,
     banks_a,
@@ -97,6 +139,7 @@ def _shrink_block(
     stride_x,
     shared_row,
     shared_scale,
+    zero,
     pid,
     token,
     T: tl.constexpr,
@@ -105,7 +148,7 @@ def _shrink_block(
     r: tl.constexpr,
     S: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    BLOCK_I: tl.constexpr,
+    CHUNK: tl.constexpr,
     ALIGNED: tl.constexpr,
     COPIES: tl.constexpr,
     WAIT: tl.constexpr,
@@ -115,26 +158,21 @@ def _shrink_block(
     BLOCKS: tl.constexpr = (J + BLOCK_J - 1) // BLOCK_J
     linear = pid // BLOCKS
     j = pid % BLOCKS * BLOCK_J + tl.arange(0, BLOCK_J)
-    i = tl.arange(0, BLOCK_I)
-    a = _pick(banks_a, linear)
-    pointers = a + _rows(experts, token, shared_row, j, K, r, S).to(tl.int64)[:, None] * I + i[None, :]
-    if ALIGNED:
-        pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 16)), (1, 16))
-    tile = tl.load(pointers, mask=(i < I)[None, :], other=0.0)
+    rows = _rows(experts, token, shared_row, j, K, r, S)
+    held = _held_rows(_pick(banks_a, linear), rows, zero, I, CHUNK, ALIGNED)
     scale = tl.load(weights + token * K + tl.minimum(j // r, K - 1))
     scale = tl.where(j < K * r, scale, shared_scale)
     if WAIT:
         tl.extra.cuda.gdc_wait()
-    xs = tl.load(x + token * stride_x + i, mask=i < I, other=0.0)
-    total = tl.sum(tile.to(tl.float32) * xs.to(tl.float32)[None, :], 1) * scale
+    total = _products(held, x + token * stride_x, stride_x, 1, I, CHUNK, 1, BLOCK_J) * scale[None, :]
     bits = total.to(tl.int32, bitcast=True)
     bits = tl.where(bits == EMPTY, QUIET_NAN, bits)
     copy = tl.arange(0, COPIES) * (T * len(banks_a) * J)
     where = h + (token * len(banks_a) + linear) * J + j[None, :] + copy[:, None]
-    tl.store(where, tl.broadcast_to(bits[None, :], [COPIES, BLOCK_J]), mask=(j < J)[None, :])
+    tl.store(where, tl.broadcast_to(bits, [COPIES, BLOCK_J]), mask=(j < J)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["zero"])
 def _shrink_kernel(
     x,
     banks_a,
@@ -144,19 +182,20 @@ def _shrink_kernel(
     stride_x,
     shared_row,
     shared_scale,
+    zero,
     I: tl.constexpr,
     K: tl.constexpr,
     r: tl.constexpr,
     S: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    BLOCK_I: tl.constexpr,
+    CHUNK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """Grid (linears * blocks of J, T)."""
     pid, token = tl.program_id(0), tl.program_id(1)
     _shrink_block(
-        x, banks_a, experts, weights, h, stride_x, shared_row, shared_scale, pid, token,
-        0, I, K, r, S, BLOCK_J, BLOCK_I, ALIGNED, 1, False,
+        x, banks_a, experts, weights, h, stride_x, shared_row, shared_scale, zero, pid, token,
+        0, I, K, r, S, BLOCK_J, CHUNK, ALIGNED, 1, False,
     )  # fmt: skip
 
 
@@ -174,21 +213,16 @@ def _tile_of(pid, base_weights, widths: tl.constexpr, BLOCK_O: tl.constexpr):
 
 
 @triton.jit
-def _look(pointers, mask):
-    """The bits of h that are there now. volatile: other programs write them meanwhile."""
-    return tl.load(pointers, mask=mask, other=0, volatile=True)
-
-
-@triton.jit
-def _once_written(bits, pointers, mask):
-    """The values of h at `pointers`, as soon as none of them is EMPTY; `bits` is the first look at them.
+def _once_written(pointers, mask):
+    """The values of h at `pointers`, as soon as none of them is EMPTY.
 
     Each thread waits for what it holds. A vote of all would count one copy of an element that several threads hold, and let
     the others go on with what they saw earlier.
     """
+    bits = tl.load(pointers, mask=mask, other=0, volatile=True)  # other programs write them meanwhile
     if INTERPRETED:
         while tl.max((bits == EMPTY).to(tl.int32), 0) != 0:
-            bits = _look(pointers, mask)
+            bits = tl.load(pointers, mask=mask, other=0, volatile=True)
     else:
         bits = tl.inline_asm_elementwise(
             """{
@@ -210,7 +244,29 @@ def _once_written(bits, pointers, mask):
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["zero"])
+@triton.jit
+def _b_of(
+    b, experts, shared_row, t, column, width,
+    K: tl.constexpr, r: tl.constexpr, S: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_O: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """B of the active ranks of token t at `column` [BLOCK_J, BLOCK_O], 0 past the last rank."""
+    j = tl.arange(0, BLOCK_J)
+    rows = _rows(experts, t, shared_row, j, K, r, S)
+    pointers = b + rows.to(tl.int64)[:, None] * width + column[None, :]
+    if ALIGNED:
+        pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 2 * BLOCK_O)), (1, BLOCK_O))
+    return tl.load(pointers, mask=(j < K * r + S)[:, None], other=0.0)
+
+
+@triton.jit
+def _expanded(tile, h, J: tl.constexpr, BLOCK_J: tl.constexpr):
+    """tile [BLOCK_J, BLOCK_O] times h [J], as soon as it is there: [1, BLOCK_O]."""
+    j = tl.arange(0, BLOCK_J)
+    hs = _once_written(h + j, j < J)
+    return tl.sum(tile.to(tl.float32) * hs[:, None], 0)[None, :]
+
+
+@triton.jit(do_not_specialize=["zero", "seconds"])
 def _decode_kernel(
     x,
     base_weights,
@@ -224,6 +280,7 @@ def _decode_kernel(
     stride_y,
     shared_row,
     shared_scale,
+    seconds,
     zero,
     widths: tl.constexpr,
     T: tl.constexpr,
@@ -235,7 +292,6 @@ def _decode_kernel(
     COPIES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_SHRINK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -243,7 +299,8 @@ def _decode_kernel(
     AFTER_PLAN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The first SHRINKS * T programs compute h, BLOCK_SHRINK ranks of a token each; the others BLOCK_O outputs of a linear, all tokens."""
+    """The first SHRINKS * T programs compute h, BLOCK_SHRINK ranks of a token each; the others a tile of BLOCK_O outputs of a linear,
+    all tokens. The first `seconds` of these compute another tile."""
     J: tl.constexpr = K * r + S
     pid = tl.program_id(0)
     if PDL and AFTER_PLAN:
@@ -253,75 +310,48 @@ def _decode_kernel(
     if J > 0:  # noqa: SIM102 - nested, so that the first is decided by the compiler
         if pid < SHRINKS * T:
             _shrink_block(
-                x, banks_a, experts, weights, h, stride_x, shared_row, shared_scale, pid % SHRINKS, pid // SHRINKS,
-                T, I, K, r, S, BLOCK_SHRINK, BLOCK_I, ALIGNED, COPIES, PDL and not AFTER_PLAN,
+                x, banks_a, experts, weights, h, stride_x, shared_row, shared_scale, zero, pid % SHRINKS, pid // SHRINKS,
+                T, I, K, r, S, BLOCK_SHRINK, CHUNK, ALIGNED, COPIES, PDL and not AFTER_PLAN,
             )  # fmt: skip
             return
-    w, linear, block, column, width = _tile_of(pid - SHRINKS * T, base_weights, widths, BLOCK_O)
+    tile = pid - SHRINKS * T
+    w, linear, block, column, width = _tile_of(tile, base_weights, widths, BLOCK_O)
     o = block * BLOCK_O + tl.arange(0, BLOCK_O)
     row = tl.minimum(o, width - 1)  # outputs past the last are computed from the last row, and not stored
-    j = tl.arange(0, BLOCK_J)
-    if J > 0:
-        my_h = h + pid % COPIES * (T * len(base_weights) * J)
-    if J > 0 and T == 1:
-        b_rows = _rows(experts, 0, shared_row, j, K, r, S)
-    i = tl.arange(0, CHUNK)
-    pointers = w + row.to(tl.int64)[:, None] * I + i[None, :]
-    tiles = ()
-    for c in tl.static_range(0, I, CHUNK):
-        if c > 0:
-            # `zero` is 0, which the compiler does not know: a chunk is asked for when the one before has come.
-            pointers += CHUNK + (_bits(tiles[c // CHUNK - 1]) & zero)
-        if ALIGNED:
-            # The compiler cannot see it through a choice of pointers, nor a hint given in a function of its own.
-            pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 16)), (1, 16))
-        tile = tl.load(pointers, mask=(c + i < I)[None, :], other=0.0, eviction_policy="evict_first")
-        tiles = tiles + (tile,)  # noqa: RUF005 - Triton's tuples
+    held = _held_rows(w, row, zero, I, CHUNK, ALIGNED)
     if J > 0:
         b = _pick(banks_b, linear)
-        if T == 1:  # one token's B is asked for ahead of its h
-            b_tile = _columns_of_b(b, b_rows, row, j, width, J, BLOCK_O, ALIGNED)
+        h += pid % COPIES * (T * len(base_weights) * J)
+        if T == 1:  # asked for ahead of h
+            b_tile = _b_of(b, experts, shared_row, 0, row, width, K, r, S, BLOCK_J, BLOCK_O, ALIGNED)
     if PDL and not AFTER_PLAN:
         tl.extra.cuda.gdc_wait()
-    if J > 0 and T == 1:  # in all but the first programs h is there by now: a look before the products costs no time
-        h_at = my_h + linear * J + j
-        bits = _look(h_at, j < J)
+    acc = _products(held, x, stride_x, T, I, CHUNK, BLOCK_T, BLOCK_O)
+
     tokens = tl.arange(0, BLOCK_T)
-    acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
-    for t in tl.static_range(T):
-        products = tl.zeros([BLOCK_O, CHUNK], tl.float32)
-        for c in tl.static_range(0, I, CHUNK):
-            xs = tl.load(x + t * stride_x + c + i, mask=c + i < I, other=0.0)
-            products += tiles[c // CHUNK].to(tl.float32) * xs.to(tl.float32)[None, :]
-        acc += tl.where(tokens[:, None] == t, tl.sum(products, 1)[None, :], 0.0)
     if J > 0:
+        if tile < seconds:
+            w2, linear2, block2, column2, width2 = _tile_of(
+                tl.num_programs(0) - SHRINKS * T + tile, base_weights, widths, BLOCK_O
+            )
+            o2 = block2 * BLOCK_O + tl.arange(0, BLOCK_O)
+            row2 = tl.minimum(o2, width2 - 1)
+            held = _held_rows(w2, row2, zero, I, CHUNK, ALIGNED)
+            b2 = _pick(banks_b, linear2)
+            acc2 = _products(held, x, stride_x, T, I, CHUNK, BLOCK_T, BLOCK_O)
+            for t in tl.static_range(T):
+                b_tile2 = _b_of(b2, experts, shared_row, t, row2, width2, K, r, S, BLOCK_J, BLOCK_O, ALIGNED)
+                part = _expanded(b_tile2, h + (t * len(base_weights) + linear2) * J, J, BLOCK_J)
+                acc2 += tl.where(tokens[:, None] == t, part, 0.0)
+            where = y + tokens[:, None] * stride_y + column2 + o2[None, :]
+            tl.store(where, acc2.to(y.dtype.element_ty), mask=(tokens < T)[:, None] & (o2 < width2)[None, :])
         for t in tl.static_range(T):
             if T > 1:
-                b_rows = _rows(experts, t, shared_row, j, K, r, S)
-                b_tile = _columns_of_b(b, b_rows, row, j, width, J, BLOCK_O, ALIGNED)
-                h_at = my_h + (t * len(base_weights) + linear) * J + j
-                bits = _look(h_at, j < J)
-            hs = _once_written(bits, h_at, j < J)
-            part = tl.sum(b_tile.to(tl.float32) * hs[:, None], 0)
-            acc += tl.where(tokens[:, None] == t, part[None, :], 0.0)
+                b_tile = _b_of(b, experts, shared_row, t, row, width, K, r, S, BLOCK_J, BLOCK_O, ALIGNED)
+            part = _expanded(b_tile, h + (t * len(base_weights) + linear) * J, J, BLOCK_J)
+            acc += tl.where(tokens[:, None] == t, part, 0.0)
     where = y + tokens[:, None] * stride_y + column + o[None, :]
     tl.store(where, acc.to(y.dtype.element_ty), mask=(tokens < T)[:, None] & (o < width)[None, :])
-
-
-@triton.jit
-def _bits(tile):
-    """A tensor's bits as integers."""
-    SAME: tl.constexpr = tl.int16 if tile.dtype.primitive_bitwidth == 16 else tl.int32
-    return tile.to(SAME, bitcast=True).to(tl.int32)
-
-
-@triton.jit
-def _columns_of_b(b, rows, column, j, width, J: tl.constexpr, BLOCK_O: tl.constexpr, ALIGNED: tl.constexpr):
-    """b[rows, column] [BLOCK_J, BLOCK_O], 0 past the last rank."""
-    pointers = b + rows.to(tl.int64)[:, None] * width + column[None, :]
-    if ALIGNED:
-        pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 2 * BLOCK_O)), (1, BLOCK_O))
-    return tl.load(pointers, mask=(j < J)[:, None], other=0.0)
 
 
 @triton.jit
@@ -361,19 +391,26 @@ def _expand_kernel(
 
 @dataclass(frozen=True)
 class Tile:
-    """How `decode` cuts the work. A program holds block_o whole rows of W, asked for in `chunks` parts, or block_j rows of an A."""
+    """How `decode` cuts the work. A program holds block_o whole rows of W, asked for in `chunks` parts, or block_j rows of an A.
+
+    resident: how many programs a processor is taken to hold at once; so many start with rows that h is not ready for.
+    """
 
     block_o: int
     num_warps: int
     chunks: int = 4
     block_j: int = 1
+    resident: int = 5
 
     @classmethod
     def default(cls, features: int, itemsize: int) -> Tile:
         """As many rows as fit into the registers."""
         columns = _columns(features)
         num_warps = 4 if columns <= 4096 else 8 if columns <= 16384 else 16
-        return cls(max(1, min(16, WARP_BYTES * num_warps // (itemsize * columns))), num_warps)
+        block_o = max(1, min(16, WARP_BYTES * num_warps // (itemsize * columns)))
+        return cls(
+            block_o, num_warps, block_j=block_o, resident={4: 5, 8: 3, 16: 1}[num_warps]
+        )  # 76 to 96 registers a thread
 
 
 def decode(
@@ -407,7 +444,10 @@ def decode(
     tile = tile or Tile.default(features, x.element_size())
     adapted = chosen is not None
     shrinks = len(widths) * triton.cdiv(chosen.active, tile.block_j) if adapted else 0
-    grid = (tokens * shrinks + sum(triton.cdiv(width, tile.block_o) for width in widths),)
+    tiles = sum(triton.cdiv(width, tile.block_o) for width in widths)
+    places = processors(x) * tile.resident - tokens * shrinks
+    seconds = max(0, min(places, tiles - places)) if adapted else 0
+    grid = (tokens * shrinks + tiles - seconds,)
     with torch.cuda.device_of(x):
         _decode_kernel[grid](
             x,
@@ -422,6 +462,7 @@ def decode(
             out.stride(0),
             chosen.num_experts * chosen.r if adapted else 0,
             chosen.shared_scale if adapted else 0.0,
+            seconds,
             0,
             widths=widths,
             T=tokens,
@@ -433,7 +474,6 @@ def decode(
             COPIES=len(h) if adapted else 1,
             BLOCK_T=triton.next_power_of_2(tokens),
             BLOCK_O=tile.block_o,
-            BLOCK_I=_columns(features),
             BLOCK_J=triton.next_power_of_2(chosen.active) if adapted else 1,
             BLOCK_SHRINK=tile.block_j,
             CHUNK=_columns(features) // tile.chunks,
@@ -465,12 +505,13 @@ def shrink(x, banks_a, chosen: Chosen, out, *, num_warps=4):
             x.stride(0),
             chosen.num_experts * chosen.r,
             chosen.shared_scale,
+            0,
             I=features,
             K=chosen.experts.shape[1],
             r=chosen.r,
             S=chosen.shared_rank,
             BLOCK_J=1,
-            BLOCK_I=_columns(features),
+            CHUNK=_columns(features),
             ALIGNED=_aligned(features, *banks_a),
             num_warps=num_warps,
         )
