@@ -36,6 +36,7 @@ from adafuse.ops.launch import INTERPRETED, launch_options, processors
 MAX_TOKENS = 8
 MAX_FEATURES = 65536
 COPIES = 16  # of h
+REGISTERS = 65536  # of a processor
 WARP_BYTES = 8192  # of W that a warp holds: 64 registers a thread
 EMPTY = tl.constexpr(-1)  # the bits of a NaN that no computation makes
 QUIET_NAN = tl.constexpr(0x7FC00000)
@@ -402,15 +403,18 @@ class Tile:
     block_j: int = 1
     resident: int = 5
 
+    @property
+    def maxnreg(self) -> int | None:
+        """The most registers of a thread that leave room for `resident` programs."""
+        return REGISTERS // (32 * self.num_warps * self.resident) // 8 * 8 if self.resident else None
+
     @classmethod
     def default(cls, features: int, itemsize: int) -> Tile:
         """As many rows as fit into the registers."""
         columns = _columns(features)
         num_warps = 4 if columns <= 4096 else 8 if columns <= 16384 else 16
         block_o = max(1, min(16, WARP_BYTES * num_warps // (itemsize * columns)))
-        return cls(
-            block_o, num_warps, block_j=block_o, resident={4: 5, 8: 3, 16: 1}[num_warps]
-        )  # 76 to 96 registers a thread
+        return cls(block_o, num_warps, block_j=block_o, resident={4: 5, 8: 3, 16: 1}[num_warps])
 
 
 def decode(
@@ -445,7 +449,8 @@ def decode(
     adapted = chosen is not None
     shrinks = len(widths) * triton.cdiv(chosen.active, tile.block_j) if adapted else 0
     tiles = sum(triton.cdiv(width, tile.block_o) for width in widths)
-    places = processors(x) * tile.resident - tokens * shrinks
+    resident = tile.resident if tokens == 1 else tile.resident // 2  # more tokens take twice the registers
+    places = processors(x) * resident - tokens * shrinks
     seconds = max(0, min(places, tiles - places)) if adapted else 0
     grid = (tokens * shrinks + tiles - seconds,)
     with torch.cuda.device_of(x):
@@ -481,7 +486,7 @@ def decode(
             and all(w % max(8, tile.block_o) == 0 for w in widths),
             AFTER_PLAN=after_plan,
             num_warps=tile.num_warps,
-            **launch_options(pdl),
+            **launch_options(pdl, maxnreg=tile.maxnreg if tokens == 1 else None),
         )
     return out
 

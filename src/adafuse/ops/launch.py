@@ -9,10 +9,12 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def launch_options(pdl: bool) -> dict:
-    """Keyword arguments PDL (a constexpr of each kernel) and launch_pdl. The interpreter has no dependent launches."""
-    pdl = pdl and not INTERPRETED.value
-    return {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
+def launch_options(pdl: bool, maxnreg: int | None = None) -> dict:
+    """Keyword arguments PDL (a constexpr of each kernel), launch_pdl and maxnreg. The interpreter has none of these."""
+    if INTERPRETED.value:
+        return {"PDL": False}
+    options = {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+    return options | ({"maxnreg": maxnreg} if maxnreg else {})
 
 
 def processors(tensor: torch.Tensor) -> int:
