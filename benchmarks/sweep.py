@@ -21,14 +21,11 @@ from adafuse.ops.switch import SwitchTable, Tile, switch
 
 MODEL = "llama-2-7b"
 DECODE = (
-    {},
     {"copies": 64},
-    {"resident": 0},
-    {"resident": 0, "copies": 64},
-    {"block_j": 1},
-    {"block_j": 1, "resident": 4},
-    {"chunks": 2},
-    {"resident": 4},
+    {"copies": 16},
+    {"copies": 64, "block_j": 1},
+    {"copies": 64, "block_j": 2},
+    {"copies": 64, "resident": 0},
 )
 CROWD = ({}, {"prefetch": 0}, {"block_i": 64, "num_stages": 6}, {"block_r": 64}, {"num_warps": 8}, {"slots": 250})
 BATCH = (

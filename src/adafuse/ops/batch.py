@@ -232,10 +232,17 @@ def _shrink_kernel(
         a_tile = _load(a_row, i, I, I % (STEPS * SPLITS * BLOCK_I) == 0)
         acc = dot(x_tile, a_tile.T, acc)
 
-    expert = tl.minimum(rank // RANK, E)
-    gate = tl.load(
-        gates + token[:, None] * (E + 1) + expert[None, :], mask=(t < T)[:, None] & (rank < R)[None, :], other=0.0
-    )
+    in_t = (t < T)[:, None]
+    if RANK % BLOCK_R == 0:  # a block is of one expert: one weight for all its ranks
+        first = tl.arange(0, BLOCK_N // BLOCK_R) + chunk * (BLOCK_N // BLOCK_R)
+        expert = tl.load(blocks + tile * NUM_BLOCKS + first // MODULES, mask=first < units, other=0) * BLOCK_R // RANK
+        gate = tl.load(gates + token[:, None] * (E + 1) + tl.minimum(expert, E)[None, :], mask=in_t, other=0.0)
+        gate = tl.broadcast_to(gate[:, :, None], [BLOCK_T, BLOCK_N // BLOCK_R, BLOCK_R]).reshape(BLOCK_T, BLOCK_N)
+        if R % BLOCK_R != 0:
+            gate = tl.where((rank < R)[None, :], gate, 0.0)
+    else:
+        expert = tl.minimum(rank // RANK, E)
+        gate = tl.load(gates + token[:, None] * (E + 1) + expert[None, :], mask=in_t & (rank < R)[None, :], other=0.0)
     rows = tl.num_programs(2) * BLOCK_T
     column = module.to(tl.int64) * rows * (NUM_BLOCKS * BLOCK_R) + rank
     column = tl.max_contiguous(tl.multiple_of(column, BLOCK_R), BLOCK_R)
@@ -265,46 +272,75 @@ def _sum_kernel(
 
 
 @triton.jit
-def _expand_columns(
+def _expand_strip(
     y, h, b, first, order, counts, blocks, tile, T,
     O: tl.constexpr, R: tl.constexpr, Y_ROW: tl.constexpr, NUM_BLOCKS: tl.constexpr, ADD: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, STRIP: tl.constexpr, HELD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y[order[t], o] (+)= sum of h[t, rank] * b[rank, o] over the tile's blocks, for the tokens of `tile` and o from `first` on."""
-    o = first + tl.arange(0, BLOCK_O)
+    """y[order[t], o] (+)= sum of h[t, rank] * b[rank, o] over the tile's blocks, for the tokens of `tile` and STRIP * BLOCK_O columns.
+
+    If the tile needs at most HELD ranks, its h is read once for all the columns, which are then fetched ahead.
+    """
     t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    count = tl.load(counts + tile)
     token = tl.load(order + t, mask=t < T, other=0)
-    place = y + token.to(tl.int64)[:, None] * Y_ROW + o[None, :]
-    live = (t < T)[:, None] & (o < O)[None, :]
-    h_row = h + t.to(tl.int64)[:, None] * (NUM_BLOCKS * BLOCK_R)
-    acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
-    for slot in range(tl.load(counts + tile)):
-        rank = tl.load(blocks + tile * NUM_BLOCKS + slot) * BLOCK_R + tl.arange(0, BLOCK_R)
-        h_tile = tl.load(h_row + rank[None, :])
-        b_tile = _load(b + tl.minimum(rank, R - 1).to(tl.int64) * O, o, O, O % BLOCK_O == 0)
-        acc = dot(h_tile, b_tile, acc)
+    y_row = y + token.to(tl.int64) * Y_ROW + first
+    h_row = h + t.to(tl.int64) * (NUM_BLOCKS * BLOCK_R)
+    o, in_t = tl.arange(0, BLOCK_O), (t < T)[:, None]
+    end = tl.minimum(STRIP * BLOCK_O, O - first)
+    if count * BLOCK_R <= HELD:
+        n = tl.arange(0, HELD)
+        needed = n // BLOCK_R < count
+        rank = tl.load(blocks + tile * NUM_BLOCKS + n // BLOCK_R, mask=needed, other=0) * BLOCK_R + n % BLOCK_R
+        column = tl.max_contiguous(tl.multiple_of(rank, BLOCK_R), BLOCK_R)
+        held = tl.load(h_row[:, None] + column[None, :], mask=needed[None, :], other=0.0)
+        b_row = b + tl.minimum(rank, R - 1).to(tl.int64) * O + first
+        for start in tl.range(0, end, BLOCK_O, num_stages=STAGES):
+            in_o = (start + o < end)[None, :]
+            b_tile = tl.load(b_row[:, None] + start + o[None, :], mask=needed[:, None] & in_o, other=0.0)
+            acc = _y_tile(y_row, start + o, in_t & in_o, ADD, BLOCK_T, BLOCK_O)
+            acc = dot(held, b_tile, acc)
+            tl.store(y_row[:, None] + start + o[None, :], acc.to(y.dtype.element_ty), mask=in_t & in_o)
+    else:
+        for start in range(0, end, BLOCK_O):
+            in_o = (start + o < end)[None, :]
+            acc = _y_tile(y_row, start + o, in_t & in_o, ADD, BLOCK_T, BLOCK_O)
+            for slot in range(count):
+                rank = tl.load(blocks + tile * NUM_BLOCKS + slot) * BLOCK_R + tl.arange(0, BLOCK_R)
+                h_tile = tl.load(h_row[:, None] + rank[None, :])
+                b_row = b + tl.minimum(rank, R - 1).to(tl.int64) * O + first
+                acc = dot(h_tile, tl.load(b_row[:, None] + start + o[None, :], mask=in_o, other=0.0), acc)
+            tl.store(y_row[:, None] + start + o[None, :], acc.to(y.dtype.element_ty), mask=in_t & in_o)
+
+
+@triton.jit
+def _y_tile(rows, columns, mask, ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr):
+    """What the product is added to, fp32."""
     if ADD:
-        acc += tl.load(place, mask=live, other=0.0).to(tl.float32)
-    tl.store(place, acc.to(y.dtype.element_ty), mask=live)
+        return tl.load(rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    else:  # noqa: RET505 - what is not taken must not be compiled
+        return tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
 
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=ROUTING)
 def _expand_kernel(
     y, h, b, order, counts, blocks, T,
     O: tl.constexpr, Y_ROW: tl.constexpr, R: tl.constexpr, NUM_BLOCKS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, STRIP: tl.constexpr, HELD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`_expand_columns` for every module of a group. Grid (blocks of columns, of all modules in turn; tiles)."""
+    """`_expand_strip` for every module of a group. Grid (strips of columns, of all modules in turn; tiles)."""
     _wait_for_inputs(PDL)
-    columns, tile = tl.program_id(0), tl.program_id(1)
+    strip, tile = tl.program_id(0), tl.program_id(1)
     rows = tl.num_programs(1).to(tl.int64) * BLOCK_T
     for m in tl.static_range(len(y)):
-        if (columns >= 0) & (columns < tl.cdiv(O[m], BLOCK_O)):
-            _expand_columns(
-                y[m], h + m * rows * (NUM_BLOCKS * BLOCK_R), b[m], columns * BLOCK_O, order, counts, blocks, tile, T,
-                O[m], R, Y_ROW[m], NUM_BLOCKS, ADD, BLOCK_T, BLOCK_R, BLOCK_O,
+        if (strip >= 0) & (strip < tl.cdiv(O[m], BLOCK_O * STRIP)):
+            _expand_strip(
+                y[m], h + m * rows * (NUM_BLOCKS * BLOCK_R), b[m], strip * (BLOCK_O * STRIP), order, counts, blocks, tile, T,
+                O[m], R, Y_ROW[m], NUM_BLOCKS, ADD, BLOCK_T, BLOCK_R, BLOCK_O, STRIP, HELD, STAGES,
             )  # fmt: skip
-        columns -= tl.cdiv(O[m], BLOCK_O)
+        strip -= tl.cdiv(O[m], BLOCK_O * STRIP)
 
 
 # --- launchers ------------------------------------------------------------------------------------------------------------
@@ -344,7 +380,9 @@ def shrink_tiles(
     return out
 
 
-def expand_tiles(h, b, tiles, y, *, add=True, pdl=False, block_o=None, num_warps=None, num_stages=None):
+def expand_tiles(
+    h, b, tiles, y, *, add=True, pdl=False, block_o=None, strip=None, held=None, num_warps=None, num_stages=None
+):
     """y[m][order[t]] += h[m, t] @ b[m]: each element read once and written once, rounded once, without atomics.
 
     h [modules, padded T, padded R] from `shrink_tiles`; b: one [R, O] or a tuple; y: one [T, O] or a tuple, changed in place,
@@ -355,14 +393,15 @@ def expand_tiles(h, b, tiles, y, *, add=True, pdl=False, block_o=None, num_warps
     _check_expand(h, b, tiles, y)
     features = tuple(part.shape[1] for part in b)
     shape = _expand_shape(h, features, tiles)
-    block_o = block_o or shape["block_o"]
-    grid = (sum(cdiv(o, block_o) for o in features), tiles.num_tiles)
+    given = {"block_o": block_o, "strip": strip, "held": held, "num_warps": num_warps, "num_stages": num_stages}
+    shape |= {name: value for name, value in given.items() if value is not None}
+    grid = (sum(cdiv(o, shape["block_o"] * shape["strip"]) for o in features), tiles.num_tiles)
     with torch.cuda.device_of(h):
         _expand_kernel[grid](
             y, h, b, tiles.order, tiles.counts, tiles.blocks, tiles.tokens,
             O=features, Y_ROW=tuple(part.stride(0) for part in y), R=tiles.rank, NUM_BLOCKS=tiles.num_blocks,
-            ADD=add, BLOCK_T=tiles.block_t, BLOCK_R=tiles.block_r, BLOCK_O=block_o, **launch_options(pdl),
-            num_warps=num_warps or shape["num_warps"], num_stages=num_stages or shape["num_stages"],
+            ADD=add, BLOCK_T=tiles.block_t, BLOCK_R=tiles.block_r, BLOCK_O=shape["block_o"], STRIP=shape["strip"],
+            HELD=shape["held"], STAGES=shape["num_stages"], num_warps=shape["num_warps"], **launch_options(pdl),
         )  # fmt: skip
 
 
@@ -395,27 +434,42 @@ def _splits(x, modules, tiles, block_n, block_i):
 
     The host does not know the routing, hence a guess: a tile needs twice the blocks of a token.
     """
-    of_a_token = tiles.top_k * cdiv(tiles.r, tiles.block_r) + cdiv(tiles.shared_rank, tiles.block_r)
-    units = min(tiles.num_blocks, 2 * of_a_token) * modules
+    units = min(tiles.num_blocks, 2 * _blocks_of_a_token(tiles)) * modules
     programs = tiles.num_tiles * cdiv(units * tiles.block_r, block_n)
     steps = cdiv(x.shape[1], block_i)
     splits = min(processors(x) // programs, steps // 4, 16)
     return 1 << max(0, splits.bit_length() - 1)
 
 
-def _expand_shape(h, features, tiles):
-    """Few tokens: narrow blocks of columns, so that every processor streams its share of b.
+def _blocks_of_a_token(tiles):
+    return tiles.top_k * cdiv(tiles.r, tiles.block_r) + cdiv(tiles.shared_rank, tiles.block_r)
 
-    The chain of loads, block number -> h and b, halves the stages: 3 keep two blocks of h and b in shared memory, 5 three. At
-    128 x 128 two leave room for a second program on the processor, whose loads overlap with the writes of the first.
+
+def _expand_shape(h, features, tiles):
+    """Ranks held: what a tile needs by the guess of `_splits`, and all of them for a few tokens of many experts.
+
+    Few tokens: narrow blocks of columns, so that every processor streams its share of b.
     """
+    most = max(16, next_power_of_2(tiles.num_blocks * tiles.block_r))
+    held = (
+        most
+        if tiles.num_tiles < 8
+        else max(tiles.block_r, next_power_of_2(2 * _blocks_of_a_token(tiles) * tiles.block_r))
+    )
+    held = max(16, min(held, most, 32768 // tiles.block_t))
     if h.dtype == torch.float32:
-        return {"block_o": 32, "num_warps": 8, "num_stages": 2}
-    for block_o in (128, 64):
-        if tiles.num_tiles * sum(features) >= 2 * processors(h) * block_o:
-            area = tiles.block_t * block_o
-            return {"block_o": block_o, "num_warps": 8 if area >= 8192 else 4, "num_stages": 3 if area > 8192 else 5}
-    return {"block_o": 32, "num_warps": 4, "num_stages": 7}
+        return {"block_o": 32, "strip": 1, "held": min(held, 64), "num_warps": 8, "num_stages": 1}
+    block_o = 128 if held <= 64 else 64
+    strip = 1
+    while strip < 8 and tiles.num_tiles * sum(features) >= 4 * processors(h) * strip * block_o:
+        strip *= 2
+    return {
+        "block_o": block_o,
+        "strip": strip,
+        "held": held,
+        "num_warps": 8 if tiles.block_t > 64 else 4,
+        "num_stages": 3,
+    }
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------------

@@ -214,16 +214,22 @@ def _tile_of(pid, base_weights, widths: tl.constexpr, BLOCK_O: tl.constexpr):
 
 
 @triton.jit
-def _once_written(pointers, mask):
-    """The values of h at `pointers`, as soon as none of them is EMPTY.
+def _look(pointers, mask):
+    """The bits of h that are there now. volatile: other programs write them meanwhile."""
+    return tl.load(pointers, mask=mask, other=EMPTY, volatile=True)
+
+
+@triton.jit
+def _once_written(bits, pointers, mask):
+    """The values of h at `pointers`, 0 where masked, as soon as none of them is EMPTY; `bits` is the first look at them.
 
     Each thread waits for what it holds. A vote of all would count one copy of an element that several threads hold, and let
     the others go on with what they saw earlier.
     """
-    bits = tl.load(pointers, mask=mask, other=0, volatile=True)  # other programs write them meanwhile
+    bits = tl.where(mask, bits, 0)
     if INTERPRETED:
         while tl.max((bits == EMPTY).to(tl.int32), 0) != 0:
-            bits = tl.load(pointers, mask=mask, other=0, volatile=True)
+            bits = tl.where(mask, _look(pointers, mask), 0)
     else:
         bits = tl.inline_asm_elementwise(
             """{
@@ -260,10 +266,10 @@ def _b_of(
 
 
 @triton.jit
-def _expanded(tile, h, J: tl.constexpr, BLOCK_J: tl.constexpr):
-    """tile [BLOCK_J, BLOCK_O] times h [J], as soon as it is there: [1, BLOCK_O]."""
+def _expanded(tile, bits, h, J: tl.constexpr, BLOCK_J: tl.constexpr):
+    """tile [BLOCK_J, BLOCK_O] times h [J], as soon as it is there: [1, BLOCK_O]. bits: the first look at h."""
     j = tl.arange(0, BLOCK_J)
-    hs = _once_written(h + j, j < J)
+    hs = _once_written(bits, h + j, j < J)
     return tl.sum(tile.to(tl.float32) * hs[:, None], 0)[None, :]
 
 
@@ -327,9 +333,11 @@ def _decode_kernel(
             b_tile = _b_of(b, experts, shared_row, 0, row, width, K, r, S, BLOCK_J, BLOCK_O, ALIGNED)
     if PDL and not AFTER_PLAN:
         tl.extra.cuda.gdc_wait()
+    tokens, j = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_J)
+    if J > 0 and T == 1:  # in all but the first programs h is there by now: a look before the products costs no time
+        bits = _look(h + linear * J + j, (j < J) & (tile >= seconds))
     acc = _products(held, x, stride_x, T, I, CHUNK, BLOCK_T, BLOCK_O)
 
-    tokens = tl.arange(0, BLOCK_T)
     if J > 0:
         if tile < seconds:
             w2, linear2, block2, column2, width2 = _tile_of(
@@ -341,16 +349,18 @@ def _decode_kernel(
             b2 = _pick(banks_b, linear2)
             acc2 = _products(held, x, stride_x, T, I, CHUNK, BLOCK_T, BLOCK_O)
             for t in tl.static_range(T):
+                h_at = h + (t * len(base_weights) + linear2) * J
+                bits2 = _look(h_at + j, j < J)
                 b_tile2 = _b_of(b2, experts, shared_row, t, row2, width2, K, r, S, BLOCK_J, BLOCK_O, ALIGNED)
-                part = _expanded(b_tile2, h + (t * len(base_weights) + linear2) * J, J, BLOCK_J)
-                acc2 += tl.where(tokens[:, None] == t, part, 0.0)
+                acc2 += tl.where(tokens[:, None] == t, _expanded(b_tile2, bits2, h_at, J, BLOCK_J), 0.0)
             where = y + tokens[:, None] * stride_y + column2 + o2[None, :]
             tl.store(where, acc2.to(y.dtype.element_ty), mask=(tokens < T)[:, None] & (o2 < width2)[None, :])
         for t in tl.static_range(T):
+            h_at = h + (t * len(base_weights) + linear) * J
             if T > 1:
+                bits = _look(h_at + j, j < J)
                 b_tile = _b_of(b, experts, shared_row, t, row, width, K, r, S, BLOCK_J, BLOCK_O, ALIGNED)
-            part = _expanded(b_tile, h + (t * len(base_weights) + linear) * J, J, BLOCK_J)
-            acc += tl.where(tokens[:, None] == t, part, 0.0)
+            acc += tl.where(tokens[:, None] == t, _expanded(b_tile, bits, h_at, J, BLOCK_J), 0.0)
     where = y + tokens[:, None] * stride_y + column + o[None, :]
     tl.store(where, acc.to(y.dtype.element_ty), mask=(tokens < T)[:, None] & (o < width)[None, :])
 
