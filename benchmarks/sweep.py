@@ -20,13 +20,7 @@ from adafuse.ops.decode import COPIES
 from adafuse.ops.switch import SwitchTable, Tile, switch
 
 MODEL = "llama-2-7b"
-DECODE = (
-    {"copies": 64},
-    {"copies": 16},
-    {"copies": 64, "block_j": 1},
-    {"copies": 64, "block_j": 2},
-    {"copies": 64, "resident": 0},
-)
+DECODE = ({"copies": 64}, {"copies": 16}, {"copies": 64, "block_j": 1})
 CROWD = ({}, {"prefetch": 0}, {"block_i": 64, "num_stages": 6}, {"block_r": 64}, {"num_warps": 8}, {"slots": 250})
 BATCH = (
     {},

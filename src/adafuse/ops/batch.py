@@ -26,6 +26,7 @@ from triton import cdiv, next_power_of_2
 from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import dot, launch_options, processors
 
+SHARED_MEMORY = 227 * 1024  # of a processor
 KEY_BITS = 62  # of an int64, leaving the sign alone
 ROUTING = ["order", "gates", "counts", "blocks"]  # may be views of one decision of several, at any address
 
@@ -448,28 +449,25 @@ def _blocks_of_a_token(tiles):
 def _expand_shape(h, features, tiles):
     """Ranks held: what a tile needs by the guess of `_splits`, and all of them for a few tokens of many experts.
 
-    Few tokens: narrow blocks of columns, so that every processor streams its share of b.
+    The strips are cut so that all programs run at once, or in two turns where that would make them long: with a few programs more
+    than places, the device waits for the last ones.
     """
-    most = max(16, next_power_of_2(tiles.num_blocks * tiles.block_r))
-    held = (
-        most
-        if tiles.num_tiles < 8
-        else max(tiles.block_r, next_power_of_2(2 * _blocks_of_a_token(tiles) * tiles.block_r))
-    )
-    held = max(16, min(held, most, 32768 // tiles.block_t))
+    most = next_power_of_2(tiles.num_blocks * tiles.block_r)
+    guess = next_power_of_2(2 * _blocks_of_a_token(tiles) * tiles.block_r)
+    held = max(16, min(most if tiles.num_tiles < 8 else guess, most, 32768 // tiles.block_t))
     if h.dtype == torch.float32:
         return {"block_o": 32, "strip": 1, "held": min(held, 64), "num_warps": 8, "num_stages": 1}
-    block_o = 128 if held <= 64 else 64
-    strip = 1
-    while strip < 8 and tiles.num_tiles * sum(features) >= 4 * processors(h) * strip * block_o:
-        strip *= 2
-    return {
-        "block_o": block_o,
-        "strip": strip,
-        "held": held,
-        "num_warps": 8 if tiles.block_t > 64 else 4,
-        "num_stages": 3,
-    }
+    num_warps, stages, block_o = 8 if tiles.block_t > 64 else 4, 3, 64 if held <= 256 else 32
+    memory = 2 * (tiles.block_t * held + stages * (tiles.block_t + held) * block_o)
+    places = processors(h) * max(1, min(SHARED_MEMORY // memory, 16 // num_warps))
+    blocks = [cdiv(o, block_o) for o in features]
+
+    def programs(strip):
+        return tiles.num_tiles * sum(cdiv(n, strip) for n in blocks)
+
+    turns = 1 if programs(16) <= places else 2
+    strip = next((n for n in range(1, 16) if programs(n) <= turns * places), 16)
+    return {"block_o": block_o, "strip": strip, "held": held, "num_warps": num_warps, "num_stages": stages}
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------------

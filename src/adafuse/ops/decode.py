@@ -214,22 +214,31 @@ def _tile_of(pid, base_weights, widths: tl.constexpr, BLOCK_O: tl.constexpr):
 
 
 @triton.jit
-def _look(pointers, mask):
-    """The bits of h that are there now. volatile: other programs write them meanwhile."""
-    return tl.load(pointers, mask=mask, other=EMPTY, volatile=True)
+def _look(pointers):
+    """The bits of h that are there now; other programs write them meanwhile. (volatile would ask the whole system for them.)"""
+    if INTERPRETED:
+        return tl.load(pointers)
+    else:  # noqa: RET505 - what is not taken must not be compiled
+        return tl.inline_asm_elementwise(
+            "ld.relaxed.gpu.global.b32 $0, [$1];",
+            "=r,l",
+            [pointers.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
-def _once_written(bits, pointers, mask):
-    """The values of h at `pointers`, 0 where masked, as soon as none of them is EMPTY; `bits` is the first look at them.
+def _once_written(bits, pointers):
+    """The values of h at `pointers`, as soon as none of them is EMPTY; `bits` is the first look at them.
 
     Each thread waits for what it holds. A vote of all would count one copy of an element that several threads hold, and let
     the others go on with what they saw earlier.
     """
-    bits = tl.where(mask, bits, 0)
     if INTERPRETED:
         while tl.max((bits == EMPTY).to(tl.int32), 0) != 0:
-            bits = tl.where(mask, _look(pointers, mask), 0)
+            bits = _look(pointers)
     else:
         bits = tl.inline_asm_elementwise(
             """{
@@ -266,10 +275,9 @@ def _b_of(
 
 
 @triton.jit
-def _expanded(tile, bits, h, J: tl.constexpr, BLOCK_J: tl.constexpr):
-    """tile [BLOCK_J, BLOCK_O] times h [J], as soon as it is there: [1, BLOCK_O]. bits: the first look at h."""
-    j = tl.arange(0, BLOCK_J)
-    hs = _once_written(bits, h + j, j < J)
+def _expanded(tile, bits, h):
+    """tile [BLOCK_J, BLOCK_O] times h [BLOCK_J], as soon as it is there: [1, BLOCK_O]. bits: the first look at h."""
+    hs = _once_written(bits, h)
     return tl.sum(tile.to(tl.float32) * hs[:, None], 0)[None, :]
 
 
@@ -333,9 +341,12 @@ def _decode_kernel(
             b_tile = _b_of(b, experts, shared_row, 0, row, width, K, r, S, BLOCK_J, BLOCK_O, ALIGNED)
     if PDL and not AFTER_PLAN:
         tl.extra.cuda.gdc_wait()
-    tokens, j = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_J)
-    if J > 0 and T == 1:  # in all but the first programs h is there by now: a look before the products costs no time
-        bits = _look(h + linear * J + j, (j < J) & (tile >= seconds))
+    tokens = tl.arange(0, BLOCK_T)
+    if J > 0:
+        j = tl.minimum(tl.arange(0, BLOCK_J), J - 1)  # past the last rank B is 0
+        bits = tl.full([BLOCK_J], EMPTY, tl.int32)
+        if T == 1 and tile >= seconds:  # h is there by now: a look ahead of the products costs no time
+            bits = _look(h + linear * J + j)
     acc = _products(held, x, stride_x, T, I, CHUNK, BLOCK_T, BLOCK_O)
 
     if J > 0:
@@ -349,18 +360,18 @@ def _decode_kernel(
             b2 = _pick(banks_b, linear2)
             acc2 = _products(held, x, stride_x, T, I, CHUNK, BLOCK_T, BLOCK_O)
             for t in tl.static_range(T):
-                h_at = h + (t * len(base_weights) + linear2) * J
-                bits2 = _look(h_at + j, j < J)
+                h_at = h + (t * len(base_weights) + linear2) * J + j
+                bits2 = _look(h_at)
                 b_tile2 = _b_of(b2, experts, shared_row, t, row2, width2, K, r, S, BLOCK_J, BLOCK_O, ALIGNED)
-                acc2 += tl.where(tokens[:, None] == t, _expanded(b_tile2, bits2, h_at, J, BLOCK_J), 0.0)
+                acc2 += tl.where(tokens[:, None] == t, _expanded(b_tile2, bits2, h_at), 0.0)
             where = y + tokens[:, None] * stride_y + column2 + o2[None, :]
             tl.store(where, acc2.to(y.dtype.element_ty), mask=(tokens < T)[:, None] & (o2 < width2)[None, :])
         for t in tl.static_range(T):
-            h_at = h + (t * len(base_weights) + linear) * J
+            h_at = h + (t * len(base_weights) + linear) * J + j
             if T > 1:
-                bits = _look(h_at + j, j < J)
+                bits = _look(h_at)
                 b_tile = _b_of(b, experts, shared_row, t, row, width, K, r, S, BLOCK_J, BLOCK_O, ALIGNED)
-            acc += tl.where(tokens[:, None] == t, _expanded(b_tile, bits, h_at, J, BLOCK_J), 0.0)
+            acc += tl.where(tokens[:, None] == t, _expanded(b_tile, bits, h_at), 0.0)
     where = y + tokens[:, None] * stride_y + column + o[None, :]
     tl.store(where, acc.to(y.dtype.element_ty), mask=(tokens < T)[:, None] & (o < width)[None, :])
 
