@@ -147,10 +147,11 @@ class Adapters(Banks):
         """Bytes of the chosen experts, which one token must read beside the weights. (The router's, far fewer, are not counted.)"""
         return self.bytes_of(self.top_k)
 
-    def run(self, pdl=True, grouped=True):
+    def run(self, pdl=True, grouped=True, fill=True):
         """A step: routing, plan and all linears. grouped=False: a launch for every linear, as HuggingFace's modules call them."""
         stack = self.stack
-        self.all_h.fill_(EMPTY.value)
+        if fill:
+            self.all_h.fill_(EMPTY.value)
         route(
             stack.x,
             self.router,

@@ -20,7 +20,14 @@ from adafuse.ops.decode import COPIES
 from adafuse.ops.switch import SwitchTable, Tile, switch
 
 MODEL = "llama-2-7b"
-DECODE = ({"copies": 64}, {"copies": 16}, {"copies": 64, "block_j": 1})
+DECODE = (
+    {"copies": 64},
+    {"copies": 16},
+    {"copies": 64, "block_j": 1},
+    {"copies": 64, "rush": True},
+    {"copies": 64, "resident": 0},
+    {"copies": 64, "fill": False},
+)
 CROWD = ({}, {"prefetch": 0}, {"block_i": 64, "num_stages": 6}, {"block_r": 64}, {"num_warps": 8}, {"slots": 250})
 BATCH = (
     {},
@@ -76,12 +83,13 @@ def sweep_decode(sweep, _):
     original = decode_op.Tile.default
     for name, mixture in MIXTURES.items():
         for changes in DECODE:
-            changed = {key: value for key, value in changes.items() if key != "copies"}
+            changed = {key: value for key, value in changes.items() if key not in ("copies", "fill")}
             adapters = Adapters(stack, **mixture, copies=changes.get("copies", COPIES))
             more = 1 + adapters.num_bytes / stack.num_bytes
             roofline = record.row(f"roofline_{name}", {}, [sample * more for sample in bound], "ms")
             decode_op.Tile.default = lambda *args, changed=changed: replace(original(*args), **changed)
-            sweep.time(name, changes, adapters.run, roofline, stack.prepare, 30, adapters.error)
+            run = partial(adapters.run, fill=changes.get("fill", True))
+            sweep.time(name, changes, run, roofline, stack.prepare, 30)
             decode_op.Tile.default = original
             del adapters
             free()

@@ -96,17 +96,19 @@ def _bits(tile):
 
 
 @triton.jit
-def _held_rows(matrix, row, zero, I: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
+def _held_rows(matrix, row, zero, I: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr, PATIENT: tl.constexpr):
     """Rows of a matrix of I columns, whole, in registers: a tuple of [rows, CHUNK].
 
-    `zero` is 0, which the compiler does not know: a chunk is asked for when the one before has come.
+    PATIENT: a chunk is asked for when the one before has come. (`zero` is 0, which the compiler does not know.)
     """
     i = tl.arange(0, CHUNK)
     pointers = matrix + row.to(tl.int64)[:, None] * I + i[None, :]
     held = ()
     for c in tl.static_range(0, I, CHUNK):
         if c > 0:
-            pointers += CHUNK + (_bits(held[c // CHUNK - 1]) & zero)
+            pointers += CHUNK
+            if PATIENT:
+                pointers += _bits(held[c // CHUNK - 1]) & zero
         if ALIGNED:  # the compiler cannot see it through a choice of pointers
             pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 16)), (1, 16))
         chunk = tl.load(pointers, mask=(c + i < I)[None, :], other=0.0, eviction_policy="evict_first")
@@ -160,7 +162,7 @@ def _shrink_block(
     linear = pid // BLOCKS
     j = pid % BLOCKS * BLOCK_J + tl.arange(0, BLOCK_J)
     rows = _rows(experts, token, shared_row, j, K, r, S)
-    held = _held_rows(_pick(banks_a, linear), rows, zero, I, CHUNK, ALIGNED)
+    held = _held_rows(_pick(banks_a, linear), rows, zero, I, CHUNK, ALIGNED, False)
     scale = tl.load(weights + token * K + tl.minimum(j // r, K - 1))
     scale = tl.where(j < K * r, scale, shared_scale)
     if WAIT:
@@ -310,6 +312,7 @@ def _decode_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_SHRINK: tl.constexpr,
     CHUNK: tl.constexpr,
+    RUSH: tl.constexpr,
     ALIGNED: tl.constexpr,
     AFTER_PLAN: tl.constexpr,
     PDL: tl.constexpr,
@@ -333,7 +336,7 @@ def _decode_kernel(
     w, linear, block, column, width = _tile_of(tile, base_weights, widths, BLOCK_O)
     o = block * BLOCK_O + tl.arange(0, BLOCK_O)
     row = tl.minimum(o, width - 1)  # outputs past the last are computed from the last row, and not stored
-    held = _held_rows(w, row, zero, I, CHUNK, ALIGNED)
+    held = _held_rows(w, row, zero, I, CHUNK, ALIGNED, True)
     if J > 0:
         b = _pick(banks_b, linear)
         h += pid % COPIES * (T * len(base_weights) * J)
@@ -356,7 +359,7 @@ def _decode_kernel(
             )
             o2 = block2 * BLOCK_O + tl.arange(0, BLOCK_O)
             row2 = tl.minimum(o2, width2 - 1)
-            held = _held_rows(w2, row2, zero, I, CHUNK, ALIGNED)
+            held = _held_rows(w2, row2, zero, I, CHUNK, ALIGNED, not RUSH)
             b2 = _pick(banks_b, linear2)
             acc2 = _products(held, x, stride_x, T, I, CHUNK, BLOCK_T, BLOCK_O)
             for t in tl.static_range(T):
@@ -423,6 +426,7 @@ class Tile:
     chunks: int = 4
     block_j: int = 1
     resident: int = 5
+    rush: bool = False
 
     @property
     def maxnreg(self) -> int | None:
@@ -503,6 +507,7 @@ def decode(
             BLOCK_J=triton.next_power_of_2(chosen.active) if adapted else 1,
             BLOCK_SHRINK=tile.block_j,
             CHUNK=_columns(features) // tile.chunks,
+            RUSH=tile.rush,
             ALIGNED=_aligned(features, *base_weights, *banks_a, *banks_b)
             and all(w % max(8, tile.block_o) == 0 for w in widths),
             AFTER_PLAN=after_plan,
