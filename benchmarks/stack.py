@@ -7,11 +7,10 @@ and together far larger than the L2 cache. What a model has between the linears 
 import torch
 from shapes import SHAPES, groups
 
-from adafuse.ops.batch import add_delta_tiles, expand_tiles, lay_out, shrink_tiles
+from adafuse.ops.batch import add_delta_tiles, lay_out
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import COPIES, EMPTY, decode, decode_ref
-from adafuse.ops.launch import Side
 from adafuse.ops.route import route
 
 MOST_OF_A_CROWD = 256  # tokens
@@ -147,11 +146,10 @@ class Adapters(Banks):
         """Bytes of the chosen experts, which one token must read beside the weights. (The router's, far fewer, are not counted.)"""
         return self.bytes_of(self.top_k)
 
-    def run(self, pdl=True, grouped=True, fill=True):
+    def run(self, pdl=True, grouped=True):
         """A step: routing, plan and all linears. grouped=False: a launch for every linear, as HuggingFace's modules call them."""
         stack = self.stack
-        if fill:
-            self.all_h.fill_(EMPTY.value)
+        self.all_h.fill_(EMPTY.value)
         route(
             stack.x,
             self.router,
@@ -205,12 +203,7 @@ class Batch(Banks):
 
     def forms(self):
         """Name -> a function that runs the step."""
-        found = {
-            "tiles": self.run_tiles,
-            "tiles_first": self.run_tiles_first,
-            "beside": self.run_beside,
-            "dense": self.run_dense,
-        }
+        found = {"tiles": self.run_tiles, "tiles_first": self.run_tiles_first, "dense": self.run_dense}
         return found | ({"crowd": self.run_crowd} if len(self.experts) <= MOST_OF_A_CROWD else {})
 
     def ratio_of_bytes(self):
@@ -224,37 +217,21 @@ class Batch(Banks):
     def tiles(self, **blocks):
         return lay_out(self.experts, self.weights, num_experts=self.num_experts, r=self.r, **blocks)
 
-    def run_tiles(self):
-        """The vendor's matmul of the base; shrink and expand add to its output."""
-        tiles = self.tiles()
+    def run_tiles(self, **blocks):
+        """The vendor's matmul of the base; shrink and expand add to its output. blocks: of the layout."""
+        tiles = self.tiles(**blocks)
         for block, index, group, x, y in self.stack.steps():
             torch.mm(x, self.stack.weights[block][index].T, out=y)
             add_delta_tiles(y.split(group.widths, dim=1), x, self.a[block][index], self.b[block][index], tiles)
 
-    def run_tiles_first(self):
+    def run_tiles_first(self, **blocks):
         """Shrink and expand write the output; the vendor's matmul adds the base while it writes."""
-        tiles = self.tiles()
+        tiles = self.tiles(**blocks)
         for block, index, group, x, y in self.stack.steps():
             add_delta_tiles(
                 y.split(group.widths, dim=1), x, self.a[block][index], self.b[block][index], tiles, add=False
             )
             y.addmm_(x, self.stack.weights[block][index].T)
-
-    def run_beside(self, base_first=True, priority=0, block_o=None, **blocks):
-        """Shrink on a stream of its own, beside the vendor's matmul of the base; then expand adds to the output."""
-        tiles, side = self.tiles(**blocks), Side(self.stack.device, priority)
-        for block, index, group, x, y in self.stack.steps():
-            w, a = self.stack.weights[block][index], self.a[block][index]
-            if base_first:
-                with side.fork():
-                    torch.mm(x, w.T, out=y)
-                h = shrink_tiles(x, a, tiles)
-            else:
-                with side.fork():
-                    h = shrink_tiles(x, a, tiles)
-                torch.mm(x, w.T, out=y)
-            side.join()
-            expand_tiles(h, self.b[block][index], tiles, y.split(group.widths, dim=1), block_o=block_o)
 
     def run_dense(self):
         """The reference: two matmuls over all ranks, masked between them."""

@@ -26,30 +26,9 @@ DECODE = (
     {"copies": 64, "block_j": 1},
     {"copies": 64, "rush": True},
     {"copies": 64, "resident": 0},
-    {"copies": 64, "fill": False},
 )
 CROWD = ({}, {"prefetch": 0}, {"block_i": 64, "num_stages": 6}, {"block_r": 64}, {"num_warps": 8}, {"slots": 250})
-BATCH = (
-    {},
-    {"base_first": False},
-    {"base_first": False, "priority": -1},
-    {"block_r": 64},
-    {"block_r": 128},
-    {"block_t": 32, "block_r": 64},
-    {"block_t": 128, "block_r": 64},
-    {"block_t": 128, "block_r": 128},
-    {"block_r": 64, "block_o": 64},
-    {"block_t": 128, "block_r": 64, "block_o": 256},
-)
-PREFILL = (
-    {},
-    {"base_first": False},
-    {"block_r": 64},
-    {"block_r": 128},
-    {"block_r": 64, "block_o": 256},
-    {"block_t": 64},
-    {"block_t": 256, "block_r": 64},
-)
+BATCH = ({}, {"block_r": 64}, {"block_r": 128}, {"block_t": 64}, {"block_t": 128})
 PRISTINE = (Tile(128, 128, 16), Tile(128, 128, 32), Tile(128, 128, 64))
 IN_PLACE = (
     Tile(128, 128, 16, num_stages=2, registers=True),
@@ -83,13 +62,12 @@ def sweep_decode(sweep, _):
     original = decode_op.Tile.default
     for name, mixture in MIXTURES.items():
         for changes in DECODE:
-            changed = {key: value for key, value in changes.items() if key not in ("copies", "fill")}
+            changed = {key: value for key, value in changes.items() if key != "copies"}
             adapters = Adapters(stack, **mixture, copies=changes.get("copies", COPIES))
             more = 1 + adapters.num_bytes / stack.num_bytes
             roofline = record.row(f"roofline_{name}", {}, [sample * more for sample in bound], "ms")
             decode_op.Tile.default = lambda *args, changed=changed: replace(original(*args), **changed)
-            run = partial(adapters.run, fill=changes.get("fill", True))
-            sweep.time(name, changes, run, roofline, stack.prepare, 30)
+            sweep.time(name, changes, adapters.run, roofline, stack.prepare, 30, adapters.error)
             decode_op.Tile.default = original
             del adapters
             free()
@@ -104,10 +82,9 @@ def sweep_batch(sweep, tokens):
     for r in (16, 64):
         batch = Batch(stack, num_experts=8, r=r, top_k=2)
         for name in ("tiles", "tiles_first"):
-            sweep.time(f"{name}_r{r}", {}, batch.forms()[name], base, stack.prepare, repeats, batch.error)
-        for given in BATCH if tokens < 1000 else PREFILL:
-            run = partial(batch.run_beside, **given)
-            sweep.time(f"beside_r{r}", given, run, base, stack.prepare, repeats, batch.error)
+            for given in BATCH:
+                run = partial(batch.forms()[name], **given)
+                sweep.time(f"{name}_r{r}", given, run, base, stack.prepare, repeats, batch.error)
         del batch
         free()
 

@@ -117,19 +117,14 @@ def _held_rows(matrix, row, zero, I: tl.constexpr, CHUNK: tl.constexpr, ALIGNED:
 
 
 @triton.jit
-def _products(
-    held, x, stride_x, T: tl.constexpr, I: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr
-):  # fmt: skip
-    """[BLOCK_T, BLOCK_O]: the held rows times the tokens."""
-    i, tokens = tl.arange(0, CHUNK), tl.arange(0, BLOCK_T)
-    acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
-    for t in tl.static_range(T):
-        products = tl.zeros([BLOCK_O, CHUNK], tl.float32)
-        for c in tl.static_range(0, I, CHUNK):
-            xs = tl.load(x + t * stride_x + c + i, mask=c + i < I, other=0.0)
-            products += held[c // CHUNK].to(tl.float32) * xs.to(tl.float32)[None, :]
-        acc += tl.where(tokens[:, None] == t, tl.sum(products, 1)[None, :], 0.0)
-    return acc
+def _products(held, x, I: tl.constexpr, CHUNK: tl.constexpr):
+    """Products of held rows and a token's x, summed over the chunks: [rows, CHUNK]."""
+    i = tl.arange(0, CHUNK)
+    products = tl.zeros([held[0].shape[0], CHUNK], tl.float32)
+    for c in tl.static_range(0, I, CHUNK):
+        xs = tl.load(x + c + i, mask=c + i < I, other=0.0)
+        products += held[c // CHUNK].to(tl.float32) * xs.to(tl.float32)[None, :]
+    return products
 
 
 @triton.jit
@@ -167,12 +162,12 @@ def _shrink_block(
     scale = tl.where(j < K * r, scale, shared_scale)
     if WAIT:
         tl.extra.cuda.gdc_wait()
-    total = _products(held, x + token * stride_x, stride_x, 1, I, CHUNK, 1, BLOCK_J) * scale[None, :]
+    total = tl.sum(_products(held, x + token * stride_x, I, CHUNK), 1) * scale
     bits = total.to(tl.int32, bitcast=True)
     bits = tl.where(bits == EMPTY, QUIET_NAN, bits)
     copy = tl.arange(0, COPIES) * (T * len(banks_a) * J)
     where = h + (token * len(banks_a) + linear) * J + j[None, :] + copy[:, None]
-    tl.store(where, tl.broadcast_to(bits, [COPIES, BLOCK_J]), mask=(j < J)[None, :])
+    tl.store(where, tl.broadcast_to(bits[None, :], [COPIES, BLOCK_J]), mask=(j < J)[None, :])
 
 
 @triton.jit(do_not_specialize=["zero"])
@@ -216,15 +211,15 @@ def _tile_of(pid, base_weights, widths: tl.constexpr, BLOCK_O: tl.constexpr):
 
 
 @triton.jit
-def _look(pointers):
-    """The bits of h that are there now; other programs write them meanwhile. (volatile would ask the whole system for them.)"""
+def _look(h, mask):
+    """The bits of h that are there now, 0 where masked; other programs write them meanwhile. (volatile would ask the whole system.)"""
     if INTERPRETED:
-        return tl.load(pointers)
+        return tl.load(h, mask=mask, other=0)
     else:  # noqa: RET505 - what is not taken must not be compiled
         return tl.inline_asm_elementwise(
-            "ld.relaxed.gpu.global.b32 $0, [$1];",
-            "=r,l",
-            [pointers.to(tl.int64)],
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.relaxed.gpu.global.b32 $0, [$1]; }",
+            "=&r,l,r",
+            [h.to(tl.int64), mask.to(tl.int32)],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -232,15 +227,11 @@ def _look(pointers):
 
 
 @triton.jit
-def _once_written(bits, pointers):
-    """The values of h at `pointers`, as soon as none of them is EMPTY; `bits` is the first look at them.
-
-    Each thread waits for what it holds. A vote of all would count one copy of an element that several threads hold, and let
-    the others go on with what they saw earlier.
-    """
+def _once_written(bits, h, mask):
+    """The values of h, as soon as none of them is EMPTY; `bits` is the first look at them. Each thread waits for its own."""
     if INTERPRETED:
         while tl.max((bits == EMPTY).to(tl.int32), 0) != 0:
-            bits = _look(pointers)
+            bits = _look(h, mask)
     else:
         bits = tl.inline_asm_elementwise(
             """{
@@ -254,7 +245,7 @@ def _once_written(bits, pointers):
             done:
             }""",
             "=&r,l,r",
-            [pointers.to(tl.int64), bits],
+            [h.to(tl.int64), bits],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -277,9 +268,10 @@ def _b_of(
 
 
 @triton.jit
-def _expanded(tile, bits, h):
-    """tile [BLOCK_J, BLOCK_O] times h [BLOCK_J], as soon as it is there: [1, BLOCK_O]. bits: the first look at h."""
-    hs = _once_written(bits, h)
+def _expanded(tile, bits, h, j, J: tl.constexpr, BLOCK_J: tl.constexpr):
+    """tile [BLOCK_J, BLOCK_O] times h [J], as soon as it is there: [1, BLOCK_O]. bits: the first look at h."""
+    hs = _once_written(bits, h + j, j < J)
+    hs = tl.sum(hs.reshape(j.shape[0] // BLOCK_J, BLOCK_J), 0)
     return tl.sum(tile.to(tl.float32) * hs[:, None], 0)[None, :]
 
 
@@ -313,6 +305,7 @@ def _decode_kernel(
     BLOCK_SHRINK: tl.constexpr,
     CHUNK: tl.constexpr,
     RUSH: tl.constexpr,
+    THREADS: tl.constexpr,
     ALIGNED: tl.constexpr,
     AFTER_PLAN: tl.constexpr,
     PDL: tl.constexpr,
@@ -345,12 +338,14 @@ def _decode_kernel(
     if PDL and not AFTER_PLAN:
         tl.extra.cuda.gdc_wait()
     tokens = tl.arange(0, BLOCK_T)
-    if J > 0:
-        j = tl.minimum(tl.arange(0, BLOCK_J), J - 1)  # past the last rank B is 0
-        bits = tl.full([BLOCK_J], EMPTY, tl.int32)
-        if T == 1 and tile >= seconds:  # h is there by now: a look ahead of the products costs no time
-            bits = _look(h + linear * J + j)
-    acc = _products(held, x, stride_x, T, I, CHUNK, BLOCK_T, BLOCK_O)
+    # As many places as threads, so that no two of a program look at the same rank: what is looked at is not cached near them.
+    j = tl.arange(0, THREADS if THREADS > BLOCK_J else BLOCK_J)
+    acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
+    for t in tl.static_range(T):
+        products = _products(held, x + t * stride_x, I, CHUNK)
+        if J > 0 and T == 1:  # in all but the first programs h is there by now, and comes while the products are summed
+            bits = _look(h + linear * J + j, j < J)
+        acc += tl.where(tokens[:, None] == t, tl.sum(products, 1)[None, :], 0.0)
 
     if J > 0:
         if tile < seconds:
@@ -361,20 +356,22 @@ def _decode_kernel(
             row2 = tl.minimum(o2, width2 - 1)
             held = _held_rows(w2, row2, zero, I, CHUNK, ALIGNED, not RUSH)
             b2 = _pick(banks_b, linear2)
-            acc2 = _products(held, x, stride_x, T, I, CHUNK, BLOCK_T, BLOCK_O)
+            acc2 = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
             for t in tl.static_range(T):
-                h_at = h + (t * len(base_weights) + linear2) * J + j
-                bits2 = _look(h_at)
+                products = _products(held, x + t * stride_x, I, CHUNK)
+                h_at = h + (t * len(base_weights) + linear2) * J
+                bits2 = _look(h_at + j, j < J)
+                acc2 += tl.where(tokens[:, None] == t, tl.sum(products, 1)[None, :], 0.0)
                 b_tile2 = _b_of(b2, experts, shared_row, t, row2, width2, K, r, S, BLOCK_J, BLOCK_O, ALIGNED)
-                acc2 += tl.where(tokens[:, None] == t, _expanded(b_tile2, bits2, h_at), 0.0)
+                acc2 += tl.where(tokens[:, None] == t, _expanded(b_tile2, bits2, h_at, j, J, BLOCK_J), 0.0)
             where = y + tokens[:, None] * stride_y + column2 + o2[None, :]
             tl.store(where, acc2.to(y.dtype.element_ty), mask=(tokens < T)[:, None] & (o2 < width2)[None, :])
         for t in tl.static_range(T):
-            h_at = h + (t * len(base_weights) + linear) * J + j
+            h_at = h + (t * len(base_weights) + linear) * J
             if T > 1:
-                bits = _look(h_at)
+                bits = _look(h_at + j, j < J)
                 b_tile = _b_of(b, experts, shared_row, t, row, width, K, r, S, BLOCK_J, BLOCK_O, ALIGNED)
-            acc += tl.where(tokens[:, None] == t, _expanded(b_tile, bits, h_at), 0.0)
+            acc += tl.where(tokens[:, None] == t, _expanded(b_tile, bits, h_at, j, J, BLOCK_J), 0.0)
     where = y + tokens[:, None] * stride_y + column + o[None, :]
     tl.store(where, acc.to(y.dtype.element_ty), mask=(tokens < T)[:, None] & (o < width)[None, :])
 
@@ -508,6 +505,7 @@ def decode(
             BLOCK_SHRINK=tile.block_j,
             CHUNK=_columns(features) // tile.chunks,
             RUSH=tile.rush,
+            THREADS=32 * tile.num_warps,
             ALIGNED=_aligned(features, *base_weights, *banks_a, *banks_b)
             and all(w % max(8, tile.block_o) == 0 for w in widths),
             AFTER_PLAN=after_plan,

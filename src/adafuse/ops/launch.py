@@ -1,7 +1,5 @@
 """What the launchers share: the interpreter, programmatic dependent launch, the device's size."""
 
-from contextlib import contextmanager
-
 import torch
 import triton
 import triton.language as tl
@@ -28,24 +26,3 @@ def dot(a, b, acc):
     if INTERPRETED:  # it would take bf16 for integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
-
-
-class Side:
-    """A stream beside the current one, for what does not depend on what runs there meanwhile. On a CPU there is none."""
-
-    def __init__(self, device, priority=0):
-        self.stream = torch.cuda.Stream(device, priority) if torch.device(device).type == "cuda" else None
-
-    @contextmanager
-    def fork(self):
-        """What is launched within runs after all that was launched before, but beside what follows, up to `join`."""
-        if self.stream is None:
-            yield
-            return
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        with torch.cuda.stream(self.stream):
-            yield
-
-    def join(self):
-        if self.stream is not None:
-            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
