@@ -64,6 +64,37 @@ def choices(rows):
     return [*lines, "", f"{rows[0]['case']['items']} held-out questions of the demo, four choices each."]
 
 
+def kernels(rows):
+    """A line a row of each model: the median, and what it is compared with."""
+    lines = ["| model | row | ms | compared with | ratio | allowed |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        ratio = f"{row['ratio']:.3f}" if row["ratio"] else ""
+        allowed = KERNEL_TARGETS.get(row["name"], "")
+        if row["name"].split("_r")[0] in ("batch/T32", "batch/T256") and "ratio_of_bytes" in row["case"]:
+            allowed = f"{1.1 * max(row['case']['ratio_of_bytes'], row['case']['ratio_of_flops']):.3f}"
+        if row["case"]["model"] != rows[0]["case"]["model"]:
+            allowed = ""
+        name = row["name"].removeprefix("stack/")
+        lines.append(
+            f"| {row['case']['model']} | {name} | {row['median']:.3f} | {(row['vs'] or '').removeprefix('stack/')} | {ratio} | {allowed} |"
+        )
+    return lines
+
+
+# Of Llama-2-7B; what the kernels are held to.
+KERNEL_TARGETS = {
+    "stack/backbone": 1.05,
+    "stack/backbone_vs_cublas": 0.92,
+    "stack/adapters_r64": 1.07,
+    "stack/adapters_r16": 1.06,
+    "stack/adapters_fine": 1.08,
+    "switch/pristine_r64": 1.2,
+    "switch/in_place_r64": 1.4,
+    "switch/pristine_r64_vs_addmm": 1.0,
+    "prefill/T2048_r64": 1.2,
+}
+
+
 def domains(rows):
     """Accuracy of readers that know nothing, by domain."""
     lines = ["| domain | random | choices only | most overlap |", "|---|---|---|---|"]
@@ -78,13 +109,14 @@ def _mixture(case):
 
 
 def _source(env, path, document):
-    versions = f"torch {env['torch']}, transformers {env['transformers']}, peft {env['peft']}"
+    on_gpu = env["gpu"] != "none"
+    versions = ", ".join(f"{name} {env[name]}" for name in ("torch", *["triton"] * on_gpu, "transformers", "peft"))
     name, where = path.relative_to(ROOT), os.path.relpath(path, document.parent)
-    machine = "CPU" if env["gpu"] == "none" else env["gpu"]
+    machine = env["gpu"] if on_gpu else "CPU"
     return f"{machine}, {versions}, commit {env['git']}, {env['date']}. From [{name}]({where})."
 
 
-TABLES = {"train_step": train_step, "demo": demo, "choices": choices, "domains": domains}
+TABLES = {"train_step": train_step, "demo": demo, "choices": choices, "kernels": kernels, "domains": domains}
 
 
 def fill(document):

@@ -213,6 +213,21 @@ def check_delta(kind, size, features, outputs, dtype, splits=None, **blocks):
         assert_close(alone, delta, dtype)
 
 
+@pytest.mark.parametrize("held", [16, 64, 512])
+@pytest.mark.parametrize("size", [SIZES[3], SIZES[5], SIZES[9]], ids=str)
+def test_what_is_held_and_how_columns_are_cut_changes_nothing(size, held):
+    """Tiles that need more ranks than are held, and strips that end in the middle."""
+    routing = route("zipf", *size[:3])
+    tiles = make_tiles(routing, size, block_t=16, block_r=16)
+    x, a, b, y = make_data(size, 40, (130, 24), torch.float32)
+    h = shrink_tiles(x, a, tiles, block_i=32)
+    wanted = [part.clone() for part in y]
+    expand_tiles_ref(shrink_tiles_ref(x, a, tiles), b, tiles, wanted)
+    expand_tiles(h, b, tiles, y, held=held, strip=3, block_o=16)
+    for got, part in zip(y, wanted, strict=True):
+        assert_close(got, part.double().cpu(), torch.float32)
+
+
 def test_references_agree_with_the_loop():
     size = (63, 8, 2, 16, 3)
     routing = route("zipf", *size[:3])

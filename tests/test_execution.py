@@ -414,4 +414,32 @@ def test_explain_execution_counts_bytes_and_flops(capsys):
     assert cost.flops == 2 * (10 * 20 + 2 * 2 * 30)
     many = {c.execution: c for c in costs([(10, 20)], model.adafuse_config, 1000, 4)}
     assert many["reference"].flops == 2 * 1000 * (10 * 20 + 8 * 30)
-    assert many["fused"].bytes > many["reference"].bytes, "sorted tokens read and write the outputs once more"
+    assert many["fused"].flops == 2 * 1000 * (10 * 20 + 2 * 2 * 30)
+    assert many["fused"].bytes == many["reference"].bytes, "a thousand tokens reach every expert"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mixture", "form"),
+    [
+        (8, {"num_experts": 8, "r": 16}, "decode"),
+        (32, {"num_experts": 8, "r": 64}, "crowd"),
+        (32, {"num_experts": 256, "r": 64, "top_k": 1}, "tiles"),
+        (65, {"num_experts": 8, "r": 16}, "tiles"),
+    ],
+)
+def test_fused_takes_the_cheapest_form(tokens, mixture, form):
+    from adafuse import AdaFuseConfig
+    from adafuse.execution import fused_form
+
+    assert fused_form((4096, 4096), AdaFuseConfig(**mixture), tokens, 2) == form
+
+
+@pytest.mark.parametrize("form", ["crowd", "tiles"])
+def test_every_form_of_fused_equals_the_loop(form, monkeypatch):
+    model = attached(top_k=1)
+    model.execution = "fused"
+    monkeypatch.setattr("adafuse.fused.fused_form", lambda *args: form)
+    ids = batch(rows=3, length=7)
+    with torch.no_grad():
+        got = model(input_ids=ids.to(DEVICE)).logits
+    assert relative_error(got.cpu(), exact(model, "llama", input_ids=ids)) < 1e-5

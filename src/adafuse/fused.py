@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import nn
 
+from adafuse.execution import fused_form
 from adafuse.ops.batch import add_delta_tiles
+from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import COPIES, EMPTY, MAX_FEATURES, decode, expand, shrink
+from adafuse.ops.launch import processors
 from adafuse.plan import BlockPlan, Plan
 
 
@@ -14,14 +19,15 @@ from adafuse.plan import BlockPlan, Plan
 def fused_blocks(routing, config, num_blocks) -> list[FusedBlock]:
     """What each block of a forward needs, from one routing."""
     plan = Plan.of(routing, config)
-    return [FusedBlock(plan.of_block(block)) for block in range(num_blocks)]
+    return [FusedBlock(plan.of_block(block), config) for block in range(num_blocks)]
 
 
 class FusedBlock:
     """Computes the adapted linears of one block in one forward."""
 
-    def __init__(self, plan: BlockPlan):
+    def __init__(self, plan: BlockPlan, config):
         self._plans = {plan.chosen.experts.device: plan}
+        self._config = config
         self.tokens = len(plan.chosen.experts)
 
     def plan(self, device) -> BlockPlan:
@@ -34,19 +40,19 @@ class FusedBlock:
     def linear(self, layer, x, dtype, args, kwargs):
         """The output of an AdapterLinear. x [..., I] -> [..., O]; adapters compute in `dtype`, sums in fp32.
 
-        A few tokens and a plain base linear: one launch, which reads the base's weights itself. Otherwise the base's own kernel, and
-        the adapters' beside it. ValueError where a gradient is needed.
+        Not too many tokens and a plain base linear: one launch, which reads the base's weights itself. Otherwise the base's own
+        kernel, and the adapters' beside it. ValueError where a gradient is needed.
         """
         refuse_gradient_of_input(layer, x)
         plan, base = self.plan(x.device), layer.base_layer
         a, b = layer.bank.matrices(dtype)
         rows = x.reshape(-1, x.shape[-1])
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        if plan.tiles is None and not args and not kwargs and _is_plain(layer, x, dtype):
-            y = rows.new_empty(len(rows), layer.out_features)
-            h = _h(rows, plan.chosen).fill_(EMPTY.value)
-            decode(rows, (base.weight,), y, banks_a=(a,), banks_b=(b,), chosen=plan.chosen, h=h)
-            return y.view(*x.shape[:-1], -1)
+        if not args and not kwargs and _is_plain(layer, x, dtype):
+            form = fused_form((rows.shape[1], layer.out_features), self._config, len(rows), rows.element_size())
+            if form != "tiles":
+                one_launch = _decode if form == "decode" else _crowd
+                return one_launch(rows, base.weight, a, b, plan).view(*x.shape[:-1], -1)
         y = base(x, *args, **kwargs)
         # What is added in place must be ours: neither kept by a hook, nor a buffer of the base's.
         y = (
@@ -70,6 +76,27 @@ def refuse_gradient_of_input(layer, x):
             f"{layer.path}: this execution has no backward pass and the input needs a gradient; run under torch.no_grad(), or "
             'set model.execution = "reference"'
         )
+
+
+def _decode(rows, weight, a, b, plan):
+    y, h = rows.new_empty(len(rows), len(weight)), _h(rows, plan.chosen).fill_(EMPTY.value)
+    return decode(rows, (weight,), y, banks_a=(a,), banks_b=(b,), chosen=plan.chosen, h=h)
+
+
+_cut_for = lru_cache(cut_for)
+
+
+def _crowd(rows, weight, a, b, plan):
+    tokens, ranks, y = len(rows), len(a), rows.new_empty(len(rows), len(weight))
+    cut = _cut_for(tokens, rows.shape[1], (len(weight),), ranks, rows.dtype, processors=processors(rows))
+    scratch = {
+        "h": rows.new_empty(cut.h_shape(tokens, 1, ranks)),
+        "partial": rows.new_empty(cut.partial_shape, dtype=torch.float32),
+        "flags": torch.zeros(cut.num_flags(tokens, 1, ranks), dtype=torch.int32, device=rows.device),
+    }
+    return crowd(
+        rows, (weight,), y, banks_a=(a,), banks_b=(b,), gates=plan.tiles.gates, r=plan.tiles.r, cut=cut, **scratch
+    )
 
 
 def _h(rows, chosen):

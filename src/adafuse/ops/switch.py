@@ -61,12 +61,13 @@ class Tile:
     """
 
     block_m: int = 128
-    block_n: int = 64
+    block_n: int = 128
     strip: int = 32
     max_ranks: int = 256
     num_warps: int = 8
     num_stages: int = 3
     registers: bool = False
+    stagger: int = 5
 
     @classmethod
     def default(cls, ranks: int, dtype: torch.dtype, aligned: bool) -> Tile:
@@ -74,11 +75,12 @@ class Tile:
         if dtype == torch.float32:  # IEEE products run outside the tensor cores and unroll over the ranks
             return cls(block_m=64, block_n=32, max_ranks=128 if aligned else 64, num_stages=2)
         if not aligned:  # an address for every element
-            return cls(block_m=64, max_ranks=128 if ranks <= 128 else 64)
+            return cls(block_m=64, block_n=64, max_ranks=128 if ranks <= 128 else 64)
         if ranks > 256:  # a matmul more than a copy
-            return cls(block_n=128, strip=8, max_ranks=64)
-        # 2 of 8 experts of rank 64 from a copy, all linears of Llama-2-7B, H100: 9.4 ms, with tiles of 128 x 64 10.0.
-        return cls(block_n=128, strip=16) if 64 < ranks <= 128 else cls()
+            return cls(strip=8, max_ranks=64)
+        # All linears of Llama-2-7B, H100. 128 ranks: 9.3 ms, with tiles of 128 x 64 11.0. 256 ranks: 12.0 ms, with tiles of
+        # 128 x 64 and the weights in shared memory 12.4.
+        return cls() if ranks <= 128 else cls(num_stages=2, registers=True)
 
 
 class SwitchTable:
@@ -159,6 +161,7 @@ def switch(table: SwitchTable, experts, weights, *, old=None, shared_scale: floa
             STRIP=tile.strip,
             STAGES=tile.num_stages,
             REGISTERS=tile.registers,
+            STAGGER=tile.stagger,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -363,6 +366,7 @@ def _switch_kernel(
     STRIP: tl.constexpr,
     STAGES: tl.constexpr,
     REGISTERS: tl.constexpr,
+    STAGGER: tl.constexpr,
 ):
     program = programs + 3 * tl.program_id(0)
     segment = table + tl.load(program) * _FIELDS
@@ -396,16 +400,22 @@ def _switch_kernel(
     if RESIDENT:
         rank, active, lhs = _left_ranks(j, left, M, in_m, routing, bank, TOP_K, SUBTRACT, BLOCK_M)
 
+    # Programs of other rows read the same right ranks: each starts at another column, so that they do not queue for the same lines.
     end = tl.minimum(BLOCK_N * STRIP, N - n0)
+    tiles = (end + BLOCK_N - 1) // BLOCK_N
+    shift = tl.load(program + 1) * STAGGER
     if REGISTERS:
-        following = tl.load(source + tile, mask=in_m & (n < N - n0)[None, :], other=0.0)
+        start = shift % tiles * BLOCK_N
+        following = tl.load(source + start + tile, mask=in_m & (n < end - start)[None, :], other=0.0)
     # Only with num_stages on the loop itself are the weights fetched ahead too, and not just the operands of the product.
-    for start in tl.range(0, end, BLOCK_N, num_stages=None if REGISTERS else STAGES):
-        in_n = (n < N - n0 - start)[None, :]
+    for step in tl.range(0, tiles, num_stages=None if REGISTERS else STAGES):
+        start = (step + shift) % tiles * BLOCK_N
+        in_n = (n < end - start)[None, :]
         if REGISTERS:
             acc = following.to(tl.float32)
-            more = in_m & (start + BLOCK_N + n < end)[None, :]
-            following = tl.load(source + start + BLOCK_N + tile, mask=more, other=0.0)
+            ahead = (step + 1 + shift) % tiles * BLOCK_N
+            more = in_m & ((n < end - ahead) & (step + 1 < tiles))[None, :]
+            following = tl.load(source + ahead + tile, mask=more, other=0.0)
         else:
             acc = tl.load(source + start + tile, mask=in_m & in_n, other=0.0).to(tl.float32)
         if RESIDENT:
