@@ -29,12 +29,10 @@ DECODE = (
 )
 CROWD = ({}, {"prefetch": 0}, {"block_i": 64, "num_stages": 6}, {"block_r": 64}, {"num_warps": 8}, {"slots": 250})
 BATCH = ({}, {"block_r": 64}, {"block_r": 128}, {"block_t": 64}, {"block_t": 128})
-PRISTINE = (Tile(128, 128, 16), Tile(128, 128, 32), Tile(128, 128, 64))
+PRISTINE = tuple(Tile(stagger=n) for n in (0, 1, 5))
 IN_PLACE = (
-    Tile(128, 128, 16, num_stages=2, registers=True),
-    Tile(128, 128, 43, num_stages=2, registers=True),
-    Tile(128, 128, 64, num_stages=2, registers=True),
-    Tile(128, 128, 86, num_stages=2, registers=True),
+    *(Tile(num_stages=2, registers=True, stagger=n) for n in (0, 1, 3, 5, 11)),
+    Tile(strip=86, num_stages=2, registers=True),
 )
 
 
@@ -72,6 +70,25 @@ def sweep_decode(sweep, _):
             del adapters
             free()
         sweep.rows.append(roofline)
+
+
+def sweep_few(sweep, tokens):
+    """A few tokens: the kernel that reads the chosen experts of each, and the one that reads all experts once."""
+    stack = Stack(MODEL, tokens=tokens)
+    bound = record.row("read", {}, best_read_times(stack.flat), "ms")
+    sweep.rows.append(bound)
+    sweep.time("cublas", {"tokens": tokens}, stack.run_cublas, bound, stack.prepare)
+    sweep.time("backbone", {"tokens": tokens}, stack.run_backbone, bound, stack.prepare, error=stack.error)
+    for r in (16, 64):
+        mixture = {"num_experts": 8, "r": r, "top_k": 2}
+        adapters = Adapters(stack, **mixture)
+        sweep.time(f"decode_r{r}", {"tokens": tokens}, adapters.run, bound, stack.prepare, error=adapters.error)
+        del adapters
+        free()
+        batch = Batch(stack, **mixture)
+        sweep.time(f"crowd_r{r}", {"tokens": tokens}, batch.run_crowd, bound, stack.prepare, error=batch.error)
+        del batch
+        free()
 
 
 def sweep_batch(sweep, tokens):
@@ -122,7 +139,13 @@ def sweep_switch(sweep, _):
 
 
 def main():
-    kernels = {"decode": sweep_decode, "batch": sweep_batch, "crowd": sweep_crowd, "switch": sweep_switch}
+    kernels = {
+        "decode": sweep_decode,
+        "few": sweep_few,
+        "batch": sweep_batch,
+        "crowd": sweep_crowd,
+        "switch": sweep_switch,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", choices=kernels, required=True)
     parser.add_argument("--tokens", type=int, default=32, help="of a crowd or batch")

@@ -83,8 +83,8 @@ def check(plan, routing, config, blocks):
         part = plan.of_block(block)
         wanted = [{r: pytest.approx(w) for r, w in each.items()} for each in expected(routing, config, block)]
         assert interpret_chosen(part.chosen) == wanted
-        if part.tiles is not None:
-            assert interpret_tiles(part.tiles, config) == wanted
+        assert interpret_tiles(part.tiles, config) == wanted
+        assert part.gates.equal(part.tiles.gates)
 
 
 @settings(max_examples=40, deadline=None)
@@ -99,7 +99,15 @@ def test_a_plan_says_what_the_routing_says(case):
 def test_writing_again_keeps_the_buffers():
     config = AdaFuseConfig(r=4, num_experts=6, top_k=2, shared_rank=3)
     plan = Plan(config, decisions=1, tokens=20, device="cpu")
-    buffers = [plan.experts, plan.weights, plan.tiles.order, plan.tiles.gates, plan.tiles.counts, plan.tiles.blocks]
+    buffers = [
+        plan.experts,
+        plan.weights,
+        plan.gates,
+        plan.tiles.order,
+        plan.tiles.gates,
+        plan.tiles.counts,
+        plan.tiles.blocks,
+    ]
     places = [buffer.data_ptr() for buffer in buffers]
     for seed in range(3):
         routing = a_routing(config, 1, 2, 10, seed)
@@ -122,6 +130,7 @@ def test_a_plan_is_written_without_host_sync_in_a_graph(tokens, decisions):
     routings = [a_routing(config, decisions, 1, tokens, seed) for seed in range(3)]
     given_ = type(routings[0])(*(each.cuda() for each in vars(routings[0]).values()))
     plan = Plan(config, decisions=decisions, tokens=tokens, device="cuda")
+    assert plan.tiles.gates.equal(plan.gates), "laid out ahead of the capture"
     plan.write(given_)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.set_sync_debug_mode("error")

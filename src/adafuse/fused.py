@@ -7,34 +7,26 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from adafuse.execution import fused_form
+from adafuse.execution import FEW_TOKENS, fused_form
 from adafuse.ops.batch import add_delta_tiles
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import COPIES, EMPTY, MAX_FEATURES, decode, expand, shrink
 from adafuse.ops.launch import processors
-from adafuse.plan import BlockPlan, Plan
+from adafuse.plan import Plan
 
 
 @torch.compiler.disable  # the kernels write into what they are given, which a trace of them need not see
 def fused_blocks(routing, config, num_blocks) -> list[FusedBlock]:
     """What each block of a forward needs, from one routing."""
     plan = Plan.of(routing, config)
-    return [FusedBlock(plan.of_block(block), config) for block in range(num_blocks)]
+    return [FusedBlock(plan, block) for block in range(num_blocks)]
 
 
 class FusedBlock:
     """Computes the adapted linears of one block in one forward."""
 
-    def __init__(self, plan: BlockPlan, config):
-        self._plans = {plan.chosen.experts.device: plan}
-        self._config = config
-        self.tokens = len(plan.chosen.experts)
-
-    def plan(self, device) -> BlockPlan:
-        """The block's plan on a device; a copy is made once."""
-        if device not in self._plans:
-            self._plans[device] = next(iter(self._plans.values())).to(device)
-        return self._plans[device]
+    def __init__(self, plan: Plan, block: int):
+        self._plan, self._block, self.tokens = plan, block, plan.tokens
 
     @torch.compiler.disable
     def linear(self, layer, x, dtype, args, kwargs):
@@ -44,12 +36,12 @@ class FusedBlock:
         kernel, and the adapters' beside it. ValueError where a gradient is needed.
         """
         refuse_gradient_of_input(layer, x)
-        plan, base = self.plan(x.device), layer.base_layer
+        plan, base = self._plan.on(x.device).of_block(self._block), layer.base_layer
         a, b = layer.bank.matrices(dtype)
         rows = x.reshape(-1, x.shape[-1])
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         if not args and not kwargs and _is_plain(layer, x, dtype):
-            form = fused_form((rows.shape[1], layer.out_features), self._config, len(rows), rows.element_size())
+            form = fused_form((rows.shape[1], layer.out_features), self._plan.config, len(rows), rows.element_size())
             if form != "tiles":
                 one_launch = _decode if form == "decode" else _crowd
                 return one_launch(rows, base.weight, a, b, plan).view(*x.shape[:-1], -1)
@@ -61,7 +53,7 @@ class FusedBlock:
             else y.clone(memory_format=torch.contiguous_format)
         )
         rows = layer.dropout(rows).to(dtype)
-        if plan.tiles is not None:
+        if len(rows) > FEW_TOKENS:
             add_delta_tiles(y.view(-1, y.shape[-1]), rows, a, b, plan.tiles)
         else:
             h = shrink(rows, (a,), plan.chosen, _h(rows, plan.chosen)[0])
@@ -94,9 +86,7 @@ def _crowd(rows, weight, a, b, plan):
         "partial": rows.new_empty(cut.partial_shape, dtype=torch.float32),
         "flags": torch.zeros(cut.num_flags(tokens, 1, ranks), dtype=torch.int32, device=rows.device),
     }
-    return crowd(
-        rows, (weight,), y, banks_a=(a,), banks_b=(b,), gates=plan.tiles.gates, r=plan.tiles.r, cut=cut, **scratch
-    )
+    return crowd(rows, (weight,), y, banks_a=(a,), banks_b=(b,), gates=plan.gates, r=plan.chosen.r, cut=cut, **scratch)
 
 
 def _h(rows, chosen):

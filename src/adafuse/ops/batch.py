@@ -116,11 +116,9 @@ def lay_out(experts, weights, *, num_experts, r, shared_rank=0, shared_scale=1.0
     order = _gray_order(needed)
     by_tile = needed.gather(-2, order.unsqueeze(-1).expand_as(needed))
     by_tile = torch.nn.functional.pad(by_tile, (0, 0, 0, -tokens % block_t)).unflatten(-2, (-1, block_t)).any(-2)
-    gates = weights.new_zeros(*weights.shape[:-1], num_experts + 1, dtype=torch.float32)
-    gates.scatter_(-1, experts.long(), weights.float())[..., -1] = shared_scale
     return Tiles(
         order=order.int(),
-        gates=gates,
+        gates=dense_gates(experts, weights, num_experts, shared_scale),
         counts=by_tile.sum(-1, dtype=torch.int32),
         blocks=by_tile.logical_not().byte().argsort(dim=-1, stable=True).int(),
         r=r,
@@ -129,6 +127,13 @@ def lay_out(experts, weights, *, num_experts, r, shared_rank=0, shared_scale=1.0
         block_t=block_t,
         block_r=block_r,
     )
+
+
+def dense_gates(experts, weights, num_experts, shared_scale=1.0):
+    """fp32 [..., T, E + 1]: the weight of each expert by token, 0 where not chosen; then the shared expert's scale."""
+    gates = weights.new_zeros(*weights.shape[:-1], num_experts + 1, dtype=torch.float32)
+    gates.scatter_(-1, experts.long(), weights.float())[..., -1].fill_(shared_scale)
+    return gates
 
 
 def tile_shape(tokens, r, rank) -> tuple[int, int]:
