@@ -14,7 +14,10 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from adafuse.ops.batch import add_delta_tiles, add_delta_tiles_ref, lay_out
+from adafuse.ops.crowd import crowd, crowd_ref, cut_for
 from adafuse.ops.decode import COPIES, decode, decode_ref
+from adafuse.ops.route import route
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -131,6 +134,79 @@ def test_no_program_takes_a_rank_for_there_that_is_not(size):
         decode(late, weights, out, banks_a=banks_a, banks_b=banks_b, chosen=chosen, h=h, pdl=True)
         bad += out.isnan().sum()
     assert bad.item() == 0
+
+
+@pytest.mark.parametrize("times", range(3))
+def test_batch_waits_for_its_input(times):
+    """A late x before shrink; expand reads what the late shrink (and with splits, its sum) wrote."""
+    tokens, features, width, experts, r = 200, 4096, 1024, 8, 16
+    x, late = (torch.randn(tokens, features, device="cuda").bfloat16() for _ in range(2))
+    a = torch.randn(experts * r, features, device="cuda").bfloat16() / 64
+    b = torch.randn(experts * r, width, device="cuda").bfloat16()
+    chosen = torch.rand(tokens, experts, device="cuda").argsort(-1)[:, :2].int()
+    tiles = lay_out(chosen, torch.rand(tokens, 2, device="cuda"), num_experts=experts, r=r)
+    y, wanted = (
+        torch.zeros(tokens, width, device="cuda").bfloat16(),
+        torch.zeros(tokens, width, device="cuda").bfloat16(),
+    )
+    add_delta_tiles([y.clone()], x, [a], [b], tiles, pdl=True)  # compiled ahead
+    add_delta_tiles_ref([wanted], x, [a], [b], tiles)
+    write_late(x.clone(), x)
+    late.fill_(float("nan"))
+    torch.cuda.synchronize()
+    write_late(late, x)
+    add_delta_tiles([y], late, [a], [b], tiles, pdl=True)
+    assert relative_error(y, wanted.double().cpu()) < 1e-2
+
+
+@pytest.mark.parametrize("times", range(3))
+def test_crowd_waits_for_its_input_and_the_plan(times):
+    tokens, features, widths, experts, r = 32, 4096, (1024, 512), 8, 16
+    x = torch.randn(tokens, features, device="cuda").bfloat16()
+    weights = [torch.randn(o, features, device="cuda").bfloat16() / 64 for o in widths]
+    banks_a = [torch.randn(experts * r, features, device="cuda").bfloat16() / 64 for _ in widths]
+    banks_b = [torch.randn(experts * r, o, device="cuda").bfloat16() for o in widths]
+    gates, cut = torch.rand(tokens, experts + 1, device="cuda"), cut_for(tokens, features, widths, experts * r)
+    late_x, late_gates = nan(*x.shape, dtype=x.dtype), nan(*gates.shape)
+
+    def run(x, gates, out):
+        scratch = {
+            "h": nan(*cut.h_shape(tokens, 2, experts * r), dtype=x.dtype),
+            "partial": nan(*cut.partial_shape),
+            "flags": torch.zeros(cut.num_flags(tokens, 2, experts * r), dtype=torch.int32, device="cuda"),
+        }
+        late = [(late_x, given), (late_gates, given_gates)]
+        for target, source in late if times % 2 else late[::-1]:  # the last one is the kernel just ahead
+            write_late(target, source)
+        banks = {"banks_a": banks_a, "banks_b": banks_b, "gates": gates, "r": r}
+        return crowd(x, weights, out, **banks, **scratch, cut=cut, pdl=True)
+
+    given, given_gates = x, gates
+    run(x, gates, nan(tokens, sum(widths), dtype=x.dtype))  # compiled ahead
+    late_x.fill_(float("nan"))
+    late_gates.fill_(float("nan"))
+    torch.cuda.synchronize()
+    out = run(late_x, late_gates, nan(tokens, sum(widths), dtype=x.dtype))
+    double = [[m.double() for m in ms] for ms in (weights, banks_a, banks_b)]
+    assert relative_error(out, crowd_ref(x.double(), *double, gates.double(), r).cpu()) < 1e-2
+
+
+@pytest.mark.parametrize("times", range(3))
+def test_route_waits_for_its_input(times):
+    h0, router = torch.randn(2, 512, device="cuda"), torch.randn(16, 512, device="cuda")
+    experts, late = torch.zeros(2, 2, 2, dtype=torch.int32, device="cuda"), nan(2, 512)
+    weights, logits = nan(2, 2, 2), nan(2, 16)
+    options = {"num_experts": 8, "scale": 1.0, "logits": logits, "pdl": True}
+    route(h0, router, experts, weights, **options)  # compiled ahead
+    wanted = experts.clone(), weights.clone()
+    write_late(late.clone(), h0)
+    experts.zero_()
+    weights.fill_(float("nan"))
+    torch.cuda.synchronize()
+    write_late(late, h0)
+    route(late, router, experts, weights, **options)
+    assert experts.equal(wanted[0])
+    assert weights.equal(wanted[1])
 
 
 def test_decode_runs_in_a_graph_without_host_sync():
