@@ -16,6 +16,7 @@ from stack import Adapters, Batch, Stack
 from timing import best_read_times, graph_of, times
 
 from adafuse.ops import decode as decode_op
+from adafuse.ops.batch import expand_tiles, shrink_tiles
 from adafuse.ops.decode import COPIES
 from adafuse.ops.switch import SwitchTable, Tile, switch
 
@@ -28,6 +29,23 @@ DECODE = (
     {"copies": 64, "resident": 0},
 )
 CROWD = ({}, {"prefetch": 0}, {"block_i": 64, "num_stages": 6}, {"block_r": 64}, {"num_warps": 8}, {"slots": 250})
+SPLITS_AND_BLOCKS = ((1, 32, 128), (1, 32, 256), (1, 64, 128), (2, 32, 128), (2, 64, 128), (4, 64, 64), (4, 128, 64))
+SHRINK = (
+    {},
+    *(
+        {"splits": splits, "block_n": n, "block_i": i, "num_warps": 4, "num_stages": 3}
+        for splits, n, i in SPLITS_AND_BLOCKS
+    ),
+)
+EXPAND = (
+    {},
+    {"add": False},
+    {"pdl": True},
+    {"held": 16, "strip": 1, "block_o": 128, "num_warps": 8, "num_stages": 3},
+    {"held": 16, "strip": 1, "block_o": 64, "num_warps": 4, "num_stages": 5},
+    {"held": 256, "strip": 4},
+    {"held": 128, "strip": 4},
+)
 BATCH = ({}, {"block_r": 64}, {"block_r": 128}, {"block_t": 64}, {"block_t": 128})
 PRISTINE = tuple(Tile(stagger=n) for n in (0, 1, 5))
 IN_PLACE = (
@@ -106,6 +124,31 @@ def sweep_batch(sweep, tokens):
         free()
 
 
+def sweep_pieces(sweep, tokens):
+    """The two kernels of a batch by themselves, for q, k and v of 32 blocks."""
+    stack = Stack(MODEL, tokens=tokens)
+    xs = [torch.randn(tokens, stack.hidden, device="cuda").bfloat16() for _ in range(stack.blocks)]
+    for r in (16, 64):
+        batch = Batch(stack, num_experts=8, r=r, top_k=2)
+        tiles = batch.tiles()
+        h = shrink_tiles(xs[0], batch.a[0][0], tiles)
+
+        def shrink(given, batch=batch, tiles=tiles, h=h):
+            for block, x in enumerate(xs):
+                shrink_tiles(x, batch.a[block][0], tiles, h, **given)
+
+        def expand(given, batch=batch, tiles=tiles, h=h):
+            for block in range(stack.blocks):
+                y = stack.outputs[block][0].split(stack.groups[0].widths, dim=1)
+                expand_tiles(h, batch.b[block][0], tiles, y, **given)
+
+        for name, run, variants in (("shrink", shrink, SHRINK), ("expand", expand, EXPAND)):
+            for given in variants:
+                sweep.time(f"{name}_r{r}", given, partial(run, given), repeats=8)
+        del batch, tiles, h, shrink, expand, run
+        free()
+
+
 def sweep_crowd(sweep, tokens):
     stack = Stack(MODEL, tokens=tokens)
     base = record.row("cublas", {}, times(graph_of(stack.run_cublas).replay, stack.prepare), "ms")
@@ -143,6 +186,7 @@ def main():
         "decode": sweep_decode,
         "few": sweep_few,
         "batch": sweep_batch,
+        "pieces": sweep_pieces,
         "crowd": sweep_crowd,
         "switch": sweep_switch,
     }
