@@ -11,7 +11,7 @@ from functools import partial
 
 import record
 import torch
-from kernels import MIXTURES, check, free, routing, segments
+from kernels import MIXTURES, MODELS, check, free, routing, segments
 from stack import Adapters, Batch, Stack
 from timing import best_read_times, graph_of, times
 
@@ -20,13 +20,14 @@ from adafuse.ops.batch import expand_tiles, shrink_tiles
 from adafuse.ops.decode import COPIES
 from adafuse.ops.switch import SwitchTable, Tile, switch
 
-MODEL = "llama-2-7b"
 DECODE = (
     {"copies": 64},
     {"copies": 16},
     {"copies": 64, "block_j": 1},
     {"copies": 64, "rush": True},
     {"copies": 64, "resident": 0},
+    {"block_o": 2},
+    {"block_o": 4},
 )
 CROWD = ({}, {"prefetch": 0}, {"block_i": 64, "num_stages": 6}, {"block_r": 64}, {"num_warps": 8}, {"slots": 250})
 SPLITS_AND_BLOCKS = ((1, 32, 128), (1, 32, 256), (1, 64, 128), (2, 32, 128), (2, 64, 128), (4, 64, 64), (4, 128, 64))
@@ -72,8 +73,8 @@ class Sweep:
         print(f"{statistics.median(samples):9.4f} ms  {name} {case}", flush=True)
 
 
-def sweep_decode(sweep, _):
-    stack = Stack(MODEL)
+def sweep_decode(sweep, model, _):
+    stack = Stack(model)
     bound = best_read_times(stack.flat)
     original = decode_op.Tile.default
     for name, mixture in MIXTURES.items():
@@ -90,9 +91,9 @@ def sweep_decode(sweep, _):
         sweep.rows.append(roofline)
 
 
-def sweep_few(sweep, tokens):
+def sweep_few(sweep, model, tokens):
     """A few tokens: the kernel that reads the chosen experts of each, and the one that reads all experts once."""
-    stack = Stack(MODEL, tokens=tokens)
+    stack = Stack(model, tokens=tokens)
     bound = record.row("read", {}, best_read_times(stack.flat), "ms")
     sweep.rows.append(bound)
     sweep.time("cublas", {"tokens": tokens}, stack.run_cublas, bound, stack.prepare)
@@ -109,8 +110,8 @@ def sweep_few(sweep, tokens):
         free()
 
 
-def sweep_batch(sweep, tokens):
-    stack = Stack(MODEL, tokens=tokens)
+def sweep_batch(sweep, model, tokens):
+    stack = Stack(model, tokens=tokens)
     repeats = 20 if tokens < 1000 else 6
     base = record.row("cublas", {}, times(graph_of(stack.run_cublas).replay, stack.prepare, repeats), "ms")
     sweep.rows.append(base)
@@ -124,9 +125,9 @@ def sweep_batch(sweep, tokens):
         free()
 
 
-def sweep_pieces(sweep, tokens):
+def sweep_pieces(sweep, model, tokens):
     """The two kernels of a batch by themselves, for q, k and v of 32 blocks."""
-    stack = Stack(MODEL, tokens=tokens)
+    stack = Stack(model, tokens=tokens)
     xs = [torch.randn(tokens, stack.hidden, device="cuda").bfloat16() for _ in range(stack.blocks)]
     for r in (16, 64):
         batch = Batch(stack, num_experts=8, r=r, top_k=2)
@@ -149,8 +150,8 @@ def sweep_pieces(sweep, tokens):
         free()
 
 
-def sweep_crowd(sweep, tokens):
-    stack = Stack(MODEL, tokens=tokens)
+def sweep_crowd(sweep, model, tokens):
+    stack = Stack(model, tokens=tokens)
     base = record.row("cublas", {}, times(graph_of(stack.run_cublas).replay, stack.prepare), "ms")
     sweep.rows.append(base)
     for r in (16, 64):
@@ -161,8 +162,8 @@ def sweep_crowd(sweep, tokens):
         free()
 
 
-def sweep_switch(sweep, _):
-    stack = Stack(MODEL)
+def sweep_switch(sweep, model, _):
+    stack = Stack(model)
     source = stack.flat.clone()
     copy = record.row("copy", {}, times(lambda: stack.flat.copy_(source)), "ms")
     sweep.rows.append(copy)
@@ -192,12 +193,13 @@ def main():
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", choices=kernels, required=True)
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="whose shapes")
     parser.add_argument("--tokens", type=int, default=32, help="of a crowd or batch")
     parser.add_argument("--out", required=True, help="JSON file to write")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     sweep = Sweep()
-    kernels[args.kernel](sweep, args.tokens)
+    kernels[args.kernel](sweep, args.model, args.tokens)
     record.write(args.out, sorted(sweep.rows, key=lambda row: (row["name"], row["median"])))
 
 

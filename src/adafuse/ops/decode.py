@@ -14,9 +14,10 @@ before it:
 * A program holds whole rows in registers, so that 20 MB are on their way to the processors or there when the wait ends. It
   asks for them a quarter at a time: all at once, the input would queue behind them (4.18 ms instead of 4.24 ms for the linears of
   Llama-2-7B, on an H100).
-* Programs learn that h is there from h itself: it is EMPTY until written. There are COPIES of it, each read by some of the programs:
-  when all look at the same few cache lines, the looks queue up, and what is written queues behind them (6.9 ms instead of 4.5 ms
-  in two launches, with 32 active ranks).
+* Programs learn that h is there from h itself: it is EMPTY until written. What looks at it is not cached near the processor, and looks
+  at one cache line queue up (6.9 ms instead of 4.5 ms in two launches, with 32 active ranks). So there are COPIES of h, each read
+  by some of the programs, and no two threads of a program look at the same rank.
+* The programs that start first compute the products of a second tile before they need h, so that memory works meanwhile.
 
 T tokens, K experts a token, J active ranks a token, R ranks in all, I and O features.
 """
