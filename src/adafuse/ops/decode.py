@@ -118,14 +118,26 @@ def _held_rows(matrix, row, zero, I: tl.constexpr, CHUNK: tl.constexpr, ALIGNED:
 
 
 @triton.jit
-def _products(held, x, I: tl.constexpr, CHUNK: tl.constexpr):
-    """Products of held rows and a token's x, summed over the chunks: [rows, CHUNK]."""
+def _products(held, x, I: tl.constexpr, CHUNK: tl.constexpr, AGAIN: tl.constexpr = False):
+    """Products of held rows and a token's x, summed over the chunks: [rows, CHUNK]. AGAIN: in a loop over tokens."""
     i = tl.arange(0, CHUNK)
     products = tl.zeros([held[0].shape[0], CHUNK], tl.float32)
     for c in tl.static_range(0, I, CHUNK):
         xs = tl.load(x + c + i, mask=c + i < I, other=0.0)
-        products += held[c // CHUNK].to(tl.float32) * xs.to(tl.float32)[None, :]
+        chunk = _afresh(held[c // CHUNK]) if AGAIN else held[c // CHUNK]
+        products += chunk.to(tl.float32) * xs.to(tl.float32)[None, :]
     return products
+
+
+@triton.jit
+def _afresh(tile):
+    """The same; the compiler takes it for something new, and so does not keep it as fp32, in twice the registers."""
+    if INTERPRETED or tile.dtype.primitive_bitwidth == 32:
+        return tile
+    else:  # noqa: RET505 - what is not taken must not be compiled
+        bits = tile.to(tl.int16, bitcast=True)
+        bits = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [bits], dtype=tl.int16, is_pure=False, pack=2)
+        return bits.to(tile.dtype, bitcast=True)
 
 
 @triton.jit
@@ -342,31 +354,35 @@ def _decode_kernel(
     # As many places as threads, so that no two of a program look at the same rank: what is looked at is not cached near them.
     j = tl.arange(0, THREADS if THREADS > BLOCK_J else BLOCK_J)
     acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
-    for t in tl.static_range(T):
-        products = _products(held, x + t * stride_x, I, CHUNK)
-        if J > 0 and T == 1:  # in all but the first programs h is there by now, and comes while the products are summed
+    if T == 1:
+        products = _products(held, x, I, CHUNK)
+        if J > 0:  # in all but the first programs h is there by now, and comes while the products are summed
             bits = _look(h + linear * J + j, j < J)
-        acc += tl.where(tokens[:, None] == t, tl.sum(products, 1)[None, :], 0.0)
+        acc += tl.sum(products, 1)[None, :]
+    else:
+        for t in tl.range(0, T, loop_unroll_factor=1):
+            products = _products(held, x + t * stride_x, I, CHUNK, AGAIN=True)
+            acc += tl.where(tokens[:, None] == t, tl.sum(products, 1)[None, :], 0.0)
 
-    if J > 0:
+    if J > 0 and T == 1:  # noqa: SIM102 - nested, so that the first is decided by the compiler
         if tile < seconds:
             w2, linear2, block2, column2, width2 = _tile_of(
-                tl.num_programs(0) - SHRINKS * T + tile, base_weights, widths, BLOCK_O
+                tl.num_programs(0) - SHRINKS + tile, base_weights, widths, BLOCK_O
             )
             o2 = block2 * BLOCK_O + tl.arange(0, BLOCK_O)
             row2 = tl.minimum(o2, width2 - 1)
             held = _held_rows(w2, row2, zero, I, CHUNK, ALIGNED, not RUSH)
-            b2 = _pick(banks_b, linear2)
-            acc2 = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
-            for t in tl.static_range(T):
-                products = _products(held, x + t * stride_x, I, CHUNK)
-                h_at = h + (t * len(base_weights) + linear2) * J
-                bits2 = _look(h_at + j, j < J)
-                acc2 += tl.where(tokens[:, None] == t, tl.sum(products, 1)[None, :], 0.0)
-                b_tile2 = _b_of(b2, experts, shared_row, t, row2, width2, K, r, S, BLOCK_J, BLOCK_O, ALIGNED)
-                acc2 += tl.where(tokens[:, None] == t, _expanded(b_tile2, bits2, h_at, j, J, BLOCK_J), 0.0)
+            products = _products(held, x, I, CHUNK)
+            h_at = h + linear2 * J
+            bits2 = _look(h_at + j, j < J)
+            acc2 = tl.sum(products, 1)[None, :]
+            b_tile2 = _b_of(
+                _pick(banks_b, linear2), experts, shared_row, 0, row2, width2, K, r, S, BLOCK_J, BLOCK_O, ALIGNED
+            )
+            acc2 += _expanded(b_tile2, bits2, h_at, j, J, BLOCK_J)
             where = y + tokens[:, None] * stride_y + column2 + o2[None, :]
-            tl.store(where, acc2.to(y.dtype.element_ty), mask=(tokens < T)[:, None] & (o2 < width2)[None, :])
+            tl.store(where, acc2.to(y.dtype.element_ty), mask=(o2 < width2)[None, :])
+    if J > 0:
         for t in tl.static_range(T):
             h_at = h + (t * len(base_weights) + linear) * J
             if T > 1:
@@ -472,9 +488,8 @@ def decode(
     adapted = chosen is not None
     shrinks = len(widths) * triton.cdiv(chosen.active, tile.block_j) if adapted else 0
     tiles = sum(triton.cdiv(width, tile.block_o) for width in widths)
-    resident = tile.resident if tokens == 1 else tile.resident // 2  # more tokens take twice the registers
-    places = processors(x) * resident - tokens * shrinks
-    seconds = max(0, min(places, tiles - places)) if adapted else 0
+    places = processors(x) * tile.resident - shrinks
+    seconds = max(0, min(places, tiles - places)) if adapted and tokens == 1 else 0
     grid = (tokens * shrinks + tiles - seconds,)
     with torch.cuda.device_of(x):
         _decode_kernel[grid](
