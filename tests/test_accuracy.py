@@ -13,11 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import accuracy.evaluate
+import accuracy.train
 from accuracy import methods, study
 from accuracy.batches import buckets_of, widths_of
 from accuracy.choose import choose
 from accuracy.evaluate import Evaluation, pack, unpack
 from accuracy.forward import Answers
+from accuracy.graphs import Replayed
 from accuracy.items import SPLITS, load_items
 from accuracy.report import accuracy_rows
 from accuracy.routing_share import expert_shares
@@ -347,6 +350,29 @@ def plain_loop(model, pairs, settings):
         optimizer.step()
         losses.append((nll.sum() / batch.weights.sum()).item())
     return losses
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["pregate_paper", "lora_active"])
+def test_graphs_replay_what_eager_steps_do(tiny, places, small, monkeypatch, name):
+    """Losses of steps replayed from graphs of two shapes in turn, and the scores after, against the same steps without graphs."""
+    base, _ = load_base(places[1], dtype="bfloat16", device="cuda")
+    items, pairs = tiny[2], tiny[2].train.pairs(right_only=True)
+    monkeypatch.setattr(accuracy.train, "WIDTH_SHARES", (0.5, 1.0))
+    settings, found = TrainSettings(learning_rate=0.01, epochs=4, batch=8, seed=3), []
+    for device in ("cuda", "cpu"):  # as a CPU does: without graphs
+        for module in (accuracy.train, accuracy.evaluate):
+            monkeypatch.setattr(
+                module, "Replayed", lambda function, _, *more, device=device: Replayed(function, device, *more)
+            )
+        torch.manual_seed(0)
+        model = methods.METHODS[name].build(load(base).to("cuda", torch.bfloat16))
+        result = train(model, pairs, settings)
+        assert len(result["shapes"]) == 2
+        score = Evaluation(items.test, "cuda").score(model, items.names)
+        found.append([result["first_loss"], result["final_loss"], score["nll"]["mean"]])
+    assert found[0] == pytest.approx(found[1], rel=0.02)
+    assert found[0][1] < found[0][0]
 
 
 def test_order_depends_on_the_seed_alone(tiny):
