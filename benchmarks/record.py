@@ -51,11 +51,11 @@ def environment() -> dict:
     return env
 
 
-def write(path, rows):
-    """Write {"env", "rows"} and print the rows as a table."""
+def write(path, rows, env=None):
+    """Write {"env", "rows"} and print the rows as a table. env: that of the measurement, if it was made elsewhere; None: this one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"env": environment(), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"env": env or environment(), "rows": rows}, indent=1) + "\n")
     for entry in rows:
         case = " ".join(f"{key}={value}" for key, value in entry["case"].items())
         ratio = f"{entry['ratio']:.3f} x {entry['vs']}" if entry["ratio"] else ""

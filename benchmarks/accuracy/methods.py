@@ -1,0 +1,118 @@
+"""The methods that are compared, by name: each makes a trainable model of a base. A line here adds one.
+
+The rank of a token's experts (active) is 16 in all, that of all experts (total) 64, and every linear of the blocks is adapted. Scales:
+s = 2 for one or two experts a token and for LoRA; s = K where K = 8 or 16 finer experts share the weight, K / 2 times that of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+
+from adafuse import AdaFuseConfig, AdaFuseModel
+from adafuse.discover import find_targets
+
+PAPER = {"num_experts": 8, "r": 8, "top_k": 2, "lora_alpha": 16, "routing": "model"}
+FINE = {"num_experts": 64, "r": 1, "top_k": 16, "lora_alpha": 16}
+# With a shared expert of rank 8 the routed ones leave it its part of both ranks.
+SHARED_FINE = {"num_experts": 56, "r": 1, "top_k": 8, "lora_alpha": 8, "shared_rank": 8}
+SHARED_ONE = {"num_experts": 7, "r": 8, "top_k": 1, "lora_alpha": 16, "shared_rank": 8}
+HIDDEN = {"router_hidden": 256}
+
+
+@dataclass(frozen=True)
+class Account:
+    """trainable: parameters that train. active_rank: rank of a static LoRA on the same linears with as many parameters as a token's
+    experts. bytes_per_token: what one token reads of the adapter, chosen experts and all of the routers.
+    """
+
+    trainable: int
+    active_rank: float
+    bytes_per_token: int
+
+
+def account(model, itemsize: int = 2) -> Account:
+    """Account of an AdaFuseModel, a PEFT LoRA, or a model without adapters; routers in fp32, experts in `itemsize` bytes a number.
+
+        active = sum over linears (K r + shared rank) (I + O),    active_rank = active / sum over linears (I + O)
+
+    ValueError for other models, which need a formula of their own (`Method.account`).
+    """
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if isinstance(model, AdaFuseModel):
+        config = model.adafuse_config
+        width = sum(bank.in_features + bank.out_features for bank in model.banks.values())
+        rank = config.top_k * config.r + config.shared_rank
+        routers = sum(parameter.numel() for parameter in model.router.parameters())
+        return Account(trainable, float(rank), itemsize * rank * width + 4 * routers)
+    if layers:
+        widths = [layer.in_features + layer.out_features for layer in layers]
+        active = sum(layer.r["default"] * width for layer, width in zip(layers, widths, strict=True))
+        return Account(trainable, active / sum(widths), itemsize * active)
+    if not trainable:
+        return Account(0, 0.0, 0)
+    raise ValueError(f"no account is known for a {type(model).__name__}; give its Method one")
+
+
+@dataclass(frozen=True)
+class Method:
+    """build: a base, which it may change, to a model with trainable parameters in fp32 (None: the base as it is, nothing to train).
+
+    router_lr_ratio: the routers' learning rate by that of the experts. settings: what a reader of the results should know. account: counts
+    the model's parameters, ranks and bytes, as `account` does.
+    """
+
+    build: Callable | None
+    router_lr_ratio: float = 1.0
+    settings: dict = field(default_factory=dict)
+    account: Callable = account
+
+
+def pregate(router_lr_ratio=1.0, **settings) -> Method:
+    """One decision a token, by `AdaFuseConfig(**settings)`."""
+    config = AdaFuseConfig(**settings)
+
+    def build(base):
+        model = AdaFuseModel(base, config)
+        model.execution = "reference"  # trained and scored by the same arithmetic
+        return model
+
+    return Method(build, router_lr_ratio, settings)
+
+
+def lora(r: int) -> Method:
+    """PEFT's LoRA of rank r on the same linears, alpha = 2 r."""
+
+    def build(base):
+        targets = [target.path for target in find_targets(base, AdaFuseConfig())]
+        return get_peft_model(base, LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, task_type="CAUSAL_LM"))
+
+    return Method(build, settings={"r": r, "lora_alpha": 2 * r})
+
+
+# Compared with each other: `tune` and `final` take them all. `pregate_best` joins them in `final`.
+METHODS = {
+    "base": Method(None),
+    "pregate_paper": pregate(**PAPER),
+    "lora_active": lora(16),
+    "lora_total": lora(64),
+}
+BEST = "pregate_best"
+# Variants of the pre-gate, all decided before block 0: `search` takes them, and the best on validation becomes `pregate_best`.
+SEARCH = {
+    "model_fine": pregate(**FINE, routing="model"),
+    "layer": pregate(**{**PAPER, "routing": "layer"}),
+    "layer_fine": pregate(**FINE, routing="layer"),
+    "layer_fine_hidden": pregate(**FINE, **HIDDEN, routing="layer"),
+    "layer_fine_shared": pregate(**SHARED_FINE, routing="layer"),
+    "layer_fine_shared_hidden": pregate(**SHARED_FINE, **HIDDEN, routing="layer"),
+    "layer_one_shared": pregate(**SHARED_ONE, routing="layer"),
+    "layer_fine_no_aux": pregate(**FINE, routing="layer", aux_loss_coef=0.0),
+    "layer_fine_aux_0.001": pregate(**FINE, routing="layer", aux_loss_coef=0.001),
+    "layer_fine_router_lr_0.2": pregate(0.2, **FINE, routing="layer"),
+    "layer_fine_router_lr_5": pregate(5.0, **FINE, routing="layer"),
+}

@@ -1,0 +1,115 @@
+"""Final runs to rows of the project's result files: accuracy by method, domain and seed, and routing shares."""
+
+from __future__ import annotations
+
+import statistics
+
+import numpy as np
+
+from accuracy.evaluate import unpack
+from accuracy.stats import paired_difference
+
+PERCENT = 100
+
+
+def accuracy_rows(results, split, names, reference) -> list[dict]:
+    """Rows `accuracy/<method>`: a domain (or "mean", over domains) and a seed (or "all") each. median, p20, p80, std in percent.
+
+    Over seeds std is the sample standard deviation, null for one seed. "nll": nats per token of the right answers. Rows of "mean", "all"
+    carry `diff_to_<reference>`: [low, mid, high] in percentage points, `stats.paired_difference` over the common seeds.
+    ValueError if the results are not of these items, or the reference has none.
+    """
+    if strangers := [result["method"] for result in results if result["score"]["order"] != split.order_hash()]:
+        raise ValueError(
+            f"results of {', '.join(sorted(set(strangers)))} are of other test items than those of this folder"
+        )
+    methods = {}
+    for result in results:
+        methods.setdefault(result["method"], {})[result["seed"]] = result
+    if reference not in methods:
+        raise ValueError(f"there is no final run of {reference!r} to compare with; found: {', '.join(sorted(methods))}")
+    rows = []
+    for name, by_seed in methods.items():
+        for domain in (*names, "mean"):
+            found = [_row(name, domain, seed, [result]) for seed, result in sorted(by_seed.items())]
+            rows += [*found, _row(name, domain, "all", list(by_seed.values()))]
+        if name != reference:
+            rows[-1][f"diff_to_{reference}"] = _difference(by_seed, methods[reference], split)
+    return rows
+
+
+def _row(name, domain, seed, results):
+    values = [PERCENT * result["score"]["accuracy"][domain] for result in results]
+    losses = [result["score"]["nll"][domain] for result in results]
+    first = results[0]
+    several = len(values) > 1
+    low, high = np.percentile(values, [20, 80])
+    return {
+        "name": f"accuracy/{name}",
+        "case": {
+            "domain": domain,
+            "seed": seed,
+            "params": first["account"]["trainable"],
+            "active_rank": first["account"]["active_rank"],
+            "bytes_per_token": first["account"]["bytes_per_token"],
+            "built_as": first["built_as"],
+            "learning_rate": first["learning_rate"],
+            "items": first["score"]["items"],
+        },
+        "median": statistics.median(values),
+        "p20": float(low),
+        "p80": float(high),
+        "mean": statistics.mean(values),
+        "std": statistics.stdev(values) if several else None,
+        "nll": None if None in losses else statistics.mean(losses),
+        "unit": "%",
+        "vs": None,
+        "ratio": None,
+    }
+
+
+def _difference(ours, theirs, split):
+    """[low, mid, high] in percentage points. A method that trains nothing is the same for every seed."""
+    untrained = [by_seed for by_seed in (ours, theirs) if next(iter(by_seed.values()))["learning_rate"] == 0]
+    seeds = sorted(set(ours) & set(theirs)) if not untrained else sorted(set(ours if theirs in untrained else theirs))
+    if not seeds:
+        raise ValueError("two methods have no seed in common, so they cannot be compared in pairs")
+
+    def correct(by_seed):
+        only = next(iter(by_seed.values()))
+        return np.stack([unpack(by_seed.get(seed, only)["score"]["correct"], len(split)) for seed in seeds])
+
+    found = paired_difference(correct(ours), correct(theirs), split.domains, split.clusters)
+    return [PERCENT * value for value in found]
+
+
+def heatmap_rows(results, names) -> list[dict]:
+    """Rows `routing/<method>`: for a domain, a seed and a decision (0 where all blocks share one) the share of each expert."""
+    rows = []
+    for result in results:
+        for domain, decisions in zip(names, result.get("routing") or [], strict=False):
+            rows += [
+                {
+                    "name": f"routing/{result['method']}",
+                    "case": {
+                        "domain": domain,
+                        "seed": result["seed"],
+                        "decision": decision,
+                        "built_as": result["built_as"],
+                    },
+                    "shares": shares,
+                    "unit": "share of the tokens' choices",
+                }
+                for decision, shares in enumerate(decisions)
+            ]
+    if not rows:
+        raise ValueError("no final run of a model with one router has left its routing shares")
+    return rows
+
+
+def common_environment(results) -> dict:
+    """The environment of the runs; of what differs, all values. ValueError if they were made on different GPUs."""
+    environments = [result["env"] for result in results]
+    if len(gpus := {env["gpu"] for env in environments}) > 1:
+        raise ValueError(f"the runs were made on different GPUs: {', '.join(sorted(gpus))}")
+    return {key: ", ".join(sorted({env[key] for env in environments})) for key in environments[0]}

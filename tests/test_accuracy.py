@@ -1,0 +1,461 @@
+"""The accuracy study in miniature, on a tiny random model and two domains written here; its parts against slow, obvious ones."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_text import save_base, write_jsonl
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import accuracy.evaluate
+import accuracy.train
+from accuracy import methods, study
+from accuracy.batches import buckets_of, widths_of
+from accuracy.choose import choose
+from accuracy.evaluate import Evaluation, pack, unpack
+from accuracy.forward import Answers
+from accuracy.graphs import Replayed
+from accuracy.items import SPLITS, load_items
+from accuracy.report import accuracy_rows
+from accuracy.routing_share import expert_shares
+from accuracy.runs import Run, check_study, results_of, work_through, write_json
+from accuracy.stats import paired_difference
+from accuracy.train import TrainSettings, _Step, plan_order, train
+
+from adafuse import evaluation as library
+from adafuse.base import load_base
+from adafuse.inspection import summarise
+from adafuse.router import Routing
+
+COUNTS = {"train": 24, "validation": 12, "test": 16}
+RATES = ["0.001", "0.02"]
+
+
+def questions(domain, split, count):
+    """Items whose answer is a letter of the prompt's word; in "shared", four in a row share their choices, each right once."""
+    rng = np.random.default_rng([len(domain), SPLITS.index(split)])
+    choices = [" ab", " cde", " f", " gh"]
+    for i in range(count):
+        word = "".join(rng.choice(list("klmnop"), size=int(rng.integers(2, 20))))
+        order = rng.permutation(4) if domain == "alone" or i % 4 == 0 else order  # noqa: F821
+        yield {
+            "prompt": f"{word}? Answer:",
+            "choices": [choices[c] + (f"{i // 4}" if domain == "shared" else word[:1]) for c in order],
+            "answer": i % 4,
+            "domain": domain,
+            "key": f"{split} {i // 2}",
+        }
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """(folder of the data, folder of the base)."""
+    root = tmp_path_factory.mktemp("accuracy")
+    for domain in ("alone", "shared"):
+        (root / "data" / domain).mkdir(parents=True)
+        for split, count in COUNTS.items():
+            write_jsonl(root / "data" / domain / f"{split}.jsonl", questions(domain, split, count))
+    return root / "data", save_base(root / "base")
+
+
+@pytest.fixture
+def tiny(places, tmp_path):
+    """(base, tokenizer, items)."""
+    base, tokenizer = load_base(places[1], dtype="float32", device="cpu")
+    return base, tokenizer, load_items(places[0], tokenizer, tmp_path / "items.safetensors")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Fewer methods and variants, small enough for the tiny model."""
+    two = {"num_experts": 4, "r": 2, "top_k": 2}
+    chosen = {"base": methods.METHODS["base"], "lora_active": methods.lora(4), "pregate_paper": methods.pregate(**two)}
+    variants = {"layer": methods.pregate(**two, routing="layer"), "slow_router": methods.pregate(0.1, **two)}
+    for registry, entries in ((methods.METHODS, chosen), (methods.SEARCH, variants)):
+        for name in list(registry):
+            monkeypatch.delitem(registry, name)
+        for name, method in entries.items():
+            monkeypatch.setitem(registry, name, method)
+
+
+def command(phase, places, folder, *more):
+    where = ["--data", str(places[0]), "--base", str(places[1]), "--runs", str(folder)]
+    return study.main([phase, *where, "--epochs", "1", "--batch", "8", "--rates", *RATES, *more])
+
+
+def test_the_whole_study(places, small, tmp_path, capsys):
+    folder, out = tmp_path / "runs", tmp_path / "out" / "accuracy.json"
+    assert command("final", places, folder) == 1  # nothing was tuned
+    assert "finish `tune`" in capsys.readouterr().err
+    assert command("tune", places, folder, "--budget-s", "0") == study.RUNS_LEFT
+    assert command("tune", places, folder) == 0
+    assert command("search", places, folder) == 0
+    assert not list(folder.glob("final-*"))
+    assert all(result["score"]["items"] == 24 for result in results_of(folder, "search"))  # validation, not test
+    printed = capsys.readouterr().out
+    assert "best at an end of the rates" in printed
+    assert command("final", places, folder, "--seeds", "1", "2") == 0
+    chosen = json.loads((folder / "chosen.json").read_text())
+    assert chosen["pregate_best"]["built_as"] in methods.SEARCH
+    assert study.main(["report", "--runs", str(folder), "--out", str(out)]) == 1  # no layer-wise method among these
+    assert "'layerwise'" in capsys.readouterr().err
+    assert study.main(["report", "--runs", str(folder), "--out", str(out), "--reference", "lora_active"]) == 0
+    check_report(json.loads(out.read_text()))
+    assert study.main(["heatmap", "--runs", str(folder), "--out", str(out.with_name("routing.json"))]) == 0
+    shares = json.loads(out.with_name("routing.json").read_text())["rows"]
+    assert {row["name"] for row in shares} == {"routing/pregate_paper", "routing/pregate_best"}
+    assert all(sum(row["shares"]) == pytest.approx(1, abs=1e-3) for row in shares)
+
+
+def check_report(document):
+    rows = {(row["name"], row["case"]["domain"], row["case"]["seed"]): row for row in document["rows"]}
+    names = {name for name, _, _ in rows}
+    assert names == {f"accuracy/{name}" for name in ("base", "lora_active", "pregate_paper", "pregate_best")}
+    for name in names - {"accuracy/base"}:
+        seeds = [rows[name, "mean", seed]["median"] for seed in (1, 2)]
+        whole = rows[name, "mean", "all"]
+        assert whole["mean"] == pytest.approx(np.mean(seeds))
+        assert whole["std"] == pytest.approx(np.std(seeds, ddof=1))
+        assert rows[name, "mean", 1]["median"] == pytest.approx(
+            np.mean([rows[name, domain, 1]["median"] for domain in ("alone", "shared")])
+        )
+    assert "diff_to_lora_active" not in rows["accuracy/lora_active", "mean", "all"]
+    low, mid, high = rows["accuracy/pregate_paper", "mean", "all"]["diff_to_lora_active"]
+    means = [rows[f"accuracy/{name}", "mean", "all"]["mean"] for name in ("pregate_paper", "lora_active")]
+    assert low <= mid <= high
+    assert mid == pytest.approx(means[0] - means[1])
+    assert len(rows["accuracy/base", "mean", "all"]["diff_to_lora_active"]) == 3
+    assert rows["accuracy/lora_active", "mean", 1]["case"]["params"] > 0
+
+
+def fake(run):
+    return {"score": {"accuracy": {"mean": 0.5}}, "did": run.file}
+
+
+def test_a_killed_study_goes_on(tmp_path):
+    runs = [Run("tune", "m", rate, 0, "m") for rate in (0.1, 0.2, 0.3)]
+
+    def killed(run):
+        if run is runs[1]:
+            raise KeyboardInterrupt
+        return fake(run)
+
+    with pytest.raises(KeyboardInterrupt):
+        work_through(tmp_path, runs, killed)
+    assert [path.name for path in tmp_path.iterdir()] == [runs[0].file]
+    done = []
+    assert work_through(tmp_path, runs, lambda run: done.append(run) or fake(run)) == 0
+    assert done == runs[1:]
+    assert work_through(tmp_path, runs, killed) == 0  # nothing is left to do
+
+
+def test_a_budget_stops_before_a_run_that_would_not_fit(tmp_path):
+    runs, now = [Run("tune", "m", rate, 0, "m") for rate in (0.1, 0.2, 0.3, 0.4)], [0.0]
+
+    def ten_seconds(run):
+        now[0] += 10
+        return fake(run)
+
+    assert work_through(tmp_path, runs, ten_seconds, 25, clock=lambda: now[0]) == 2
+    now[0] = 0.0
+    assert work_through(tmp_path, runs, ten_seconds, 9, clock=lambda: now[0]) == 2  # runs of before took 10 s
+    assert work_through(tmp_path, runs, ten_seconds, 15, clock=lambda: now[0]) == 1
+    assert json.loads((tmp_path / runs[0].file).read_text())["seconds"] == 10
+
+
+def test_a_folder_holds_one_study(tmp_path):
+    check_study(tmp_path, {"epochs": 1, "base": "a"})
+    check_study(tmp_path, {"epochs": 1, "base": "a"})
+    with pytest.raises(ValueError, match="epochs: 1 there, 2 here"):
+        check_study(tmp_path, {"epochs": 2, "base": "a"})
+
+
+def test_choices_are_fixed_once(small, tmp_path):
+    def tried(name, rate, accuracy):
+        run = Run("tune", name, rate, 0, name)
+        write_json(tmp_path / run.file, {**vars(run), "score": {"accuracy": {"mean": accuracy}}})
+
+    for name in ("lora_active", "pregate_paper"):
+        tried(name, 0.1, 0.5)
+    with pytest.raises(ValueError, match=r"lora_active was not tried on validation at \[0.2\]"):
+        choose(tmp_path, ["lora_active"], [0.1, 0.2])
+    tried("lora_active", 0.2, 0.5)
+    assert (
+        choose(tmp_path, ["lora_active"], [0.1, 0.2])["lora_active"]["learning_rate"] == 0.1
+    )  # ties to the lower rate
+    choose(tmp_path, ["lora_active", "pregate_paper"], [0.1])
+    tried("lora_active", 0.2, 0.6)
+    with pytest.raises(ValueError, match="fixed other settings of lora_active"):
+        choose(tmp_path, ["lora_active"], [0.1, 0.2])
+
+
+def test_formats_agree(tiny, places):
+    """Training examples and evaluated sequences are what `adafuse eval` feeds, token by token."""
+    _, tokenizer, items = tiny
+    for split in SPLITS:
+        theirs = [item for name in items.names for item in library.read_choices(places[0] / name / f"{split}.jsonl")]
+        encoded = [library._encode(tokenizer, item, chat=False) for item in theirs]
+        mine = getattr(items, split)
+        assert as_lists(mine.pairs(right_only=False)) == [pair for pairs in encoded for pair in pairs]
+        right = [pairs[item.answer] for pairs, item in zip(encoded, theirs, strict=True)]
+        assert as_lists(mine.pairs(right_only=True)) == right
+
+
+def as_lists(pairs):
+    return [(prompt.tolist(), answer.tolist()) for prompt, answer in pairs]
+
+
+def test_items_are_kept_and_made_anew(tiny, places, tmp_path):
+    _, tokenizer, items = tiny
+    again = load_items(places[0], tokenizer, tmp_path / "items.safetensors")
+    assert again.test.order_hash() == items.test.order_hash() != items.validation.order_hash()
+    assert np.array_equal(again.train.clusters, items.train.clusters)
+    _, counts = np.unique(items.train.clusters, return_counts=True)
+    assert sorted(counts) == [2] * 12 + [4] * 6  # pairs of a key where choices differ, fours where they are shared
+    with pytest.raises(ValueError, match="has no domain"):
+        load_items(tmp_path, tokenizer, tmp_path / "other")
+
+
+def test_no_mask_is_needed(tiny):
+    """Answers of padded batches without a mask are those of the base's own masked forward, whatever the padding holds."""
+    base, _, items = tiny
+    pairs = items.validation.pairs(right_only=False)
+    lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
+    buckets = buckets_of(pairs, widths_of(lengths, (0.5, 1.0)), [7, 5])
+    assert len(buckets) == 2
+    expected = [masked_nll(base, bucket.batches[i]) for bucket in buckets for i in range(len(bucket.batches))]
+    answers, found = Answers(base), []
+    for bucket in buckets:
+        for i in range(len(bucket.batches)):
+            batch = bucket.batches[i]
+            found.append(answers.nll(batch)[0])
+            noise = torch.where(batch.mask == 1, batch.ids, torch.randint_like(batch.ids, 1, 257))
+            torch.testing.assert_close(answers.nll(replace(batch, ids=noise))[0], found[-1])
+    answers.close()
+    torch.testing.assert_close(found, expected)
+    assert base.config._attn_implementation == "sdpa"
+
+
+class NoQuestions(TorchDispatchMode):
+    """Refuses what would make the host wait for a device: a value, a condition, a shape that depends on values."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = (
+            [i for i in args[1] if i is not None and i.dtype == torch.bool]
+            if name.startswith("index") and isinstance(args[1], list)
+            else []
+        )
+        if masks or name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"):
+            raise AssertionError(f"a step calls {name}")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name, method in (methods.METHODS | methods.SEARCH).items() if method.build])
+def test_a_step_asks_nothing_of_the_device(tiny, name):
+    base, _, items = tiny
+    base.requires_grad_(False)
+    model = (methods.METHODS | methods.SEARCH)[name].build(base).train()
+    pairs = items.train.pairs(right_only=True)
+    batch = buckets_of(pairs, [64], [8])[0].batches[0]
+    step = _Step(model, TrainSettings(batch=8), 8.0, torch.device("cpu"))
+    with NoQuestions():
+        step.run(batch)
+    step.close()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_mask_would_ask(tiny):
+    base, _, items = tiny
+    batch = buckets_of(items.train.pairs(right_only=True), [64], [8])[0].batches[0]
+    with NoQuestions(), pytest.raises(AssertionError, match="a step calls"):
+        base(input_ids=batch.ids, attention_mask=batch.mask)
+
+
+@torch.no_grad()
+def masked_nll(base, batch):
+    logits = base(input_ids=batch.ids, attention_mask=batch.mask).logits.flatten(0, 1)
+    return -logits.log_softmax(-1)[batch.slots, batch.targets] * batch.weights
+
+
+def test_scores_are_those_of_adafuse_eval(tiny, places):
+    base, tokenizer, items = tiny
+    found = Evaluation(items.test, "cpu", tokens=100).score(base, items.names)
+    for name in items.names:
+        score = library.evaluate(base, tokenizer, library.read_choices(places[0] / name / "test.jsonl")).overall
+        assert found["accuracy"][name] == score.accuracy
+        assert found["nll"][name] == pytest.approx(score.nll, rel=1e-5)
+    correct = unpack(found["correct"], found["items"])
+    assert correct[items.test.domains == 0].mean() == found["accuracy"]["alone"]
+
+
+def test_a_diverged_model_is_wrong_everywhere(tiny):
+    base, _, items = tiny
+    base.get_output_embeddings().weight.data.fill_(float("nan"))
+    found = Evaluation(items.test, "cpu").score(base, items.names)
+    assert found["accuracy"]["mean"] == 0
+    assert found["nll"]["mean"] is None
+
+
+def test_packing():
+    correct = np.random.default_rng(0).random(21) < 0.5
+    assert np.array_equal(unpack(pack(correct), 21), correct)
+
+
+def test_training_is_the_plain_loop(tiny, small):
+    """The same parameters as a loop in plain PyTorch: masked forward, loss by hand, torch's AdamW with float learning rates."""
+    base, _, items = tiny
+    pairs = items.train.pairs(right_only=True)
+    settings = TrainSettings(learning_rate=0.01, router_lr_ratio=0.5, epochs=1, batch=8, clip=0.05, seed=3)
+    ours, theirs = (methods.METHODS["pregate_paper"].build(load(base)) for _ in range(2))
+    theirs.load_adapter_tensors(ours.adapter_tensors())
+    result = train(ours, pairs, settings)
+    losses = plain_loop(theirs, pairs, settings)
+    assert result["steps"] == len(losses)
+    assert result["final_loss"] == pytest.approx(losses[-1], rel=1e-4)
+    assert result["final_loss"] < result["first_loss"]
+    expected = theirs.adapter_tensors()
+    for name, tensor in ours.adapter_tensors().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def load(base):
+    twin = type(base)(base.config)
+    twin.load_state_dict(base.state_dict())
+    return twin
+
+
+def plain_loop(model, pairs, settings):
+    routers = list(model.router.parameters())
+    others = [p for bank in model.banks.values() for p in bank.parameters()]
+    optimizer = torch.optim.AdamW([{"params": others}, {"params": routers}], lr=1.0, weight_decay=0.0, foreach=False)
+    buckets, schedule = plan_order(pairs, settings)
+    mean_tokens, losses = sum(len(answer) for _, answer in pairs) / len(pairs), []
+    model.train()
+    for i, (bucket, number) in enumerate(schedule):
+        batch = buckets[bucket].batches[number]
+        output = model(input_ids=batch.ids, attention_mask=batch.mask, output_router_logits=True)
+        nll = -output.logits.flatten(0, 1).log_softmax(-1)[batch.slots, batch.targets] * batch.weights
+        optimizer.zero_grad()
+        (nll.sum() / (settings.batch * mean_tokens) + 0.01 * output.aux_loss).backward()
+        torch.nn.utils.clip_grad_norm_([*others, *routers], settings.clip)
+        rate = settings.learning_rate * settings.factor(i, len(schedule))
+        optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, rate * settings.router_lr_ratio
+        optimizer.step()
+        losses.append((nll.sum() / batch.weights.sum()).item())
+    return losses
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["pregate_paper", "lora_active"])
+def test_graphs_replay_what_eager_steps_do(tiny, places, small, monkeypatch, name):
+    """Losses of steps replayed from graphs of two shapes in turn, and the scores after, against the same steps without graphs."""
+    base, _ = load_base(places[1], dtype="bfloat16", device="cuda")
+    items, pairs = tiny[2], tiny[2].train.pairs(right_only=True)
+    monkeypatch.setattr(accuracy.train, "WIDTH_SHARES", (0.5, 1.0))
+    settings, found = TrainSettings(learning_rate=0.01, epochs=4, batch=8, seed=3), []
+    for device in ("cuda", "cpu"):  # as a CPU does: without graphs
+        for module in (accuracy.train, accuracy.evaluate):
+            monkeypatch.setattr(
+                module, "Replayed", lambda function, _, *more, device=device: Replayed(function, device, *more)
+            )
+        torch.manual_seed(0)
+        model = methods.METHODS[name].build(load(base).to("cuda", torch.bfloat16))
+        result = train(model, pairs, settings)
+        assert len(result["shapes"]) == 2
+        score = Evaluation(items.test, "cuda").score(model, items.names)
+        found.append([result["first_loss"], result["final_loss"], score["nll"]["mean"]])
+    assert found[0] == pytest.approx(found[1], rel=0.02)
+    assert found[0][1] < found[0][0]
+
+
+def test_order_depends_on_the_seed_alone(tiny):
+    pairs = tiny[2].train.pairs(right_only=True)
+    settings = TrainSettings(epochs=2, batch=8, seed=1)
+    buckets, schedule = plan_order(pairs, settings)
+    again, same = plan_order(pairs, settings)
+    assert schedule == same
+    assert all(np.array_equal(a.members, b.members) for a, b in zip(buckets, again, strict=True))
+    other, _ = plan_order(pairs, replace(settings, seed=2))
+    assert not np.array_equal(buckets[0].members, other[0].members)
+    seen = np.concatenate([bucket.members.ravel() for bucket in buckets])
+    assert np.array_equal(np.bincount(seen[seen >= 0]), [2] * len(pairs))
+    assert len(schedule) == len(set(schedule)) == sum(len(bucket.batches) for bucket in buckets)
+
+
+def test_the_schedule():
+    settings = TrainSettings(warmup=0.2)
+    assert [settings.factor(i, 10) for i in range(10)] == pytest.approx(
+        [0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    )
+    assert replace(settings, schedule="cosine").factor(6, 10) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="learning_rate=0 must be"):
+        TrainSettings(learning_rate=0)
+
+
+def test_shares_of_experts(tiny, small):
+    """Against the library's statistics of one domain, item by item."""
+    base, _, items = tiny
+    model = methods.SEARCH["layer"].build(base)
+    shares = torch.tensor(expert_shares(model, Evaluation(items.test, "cpu", tokens=90)))
+    for domain in range(2):
+        chosen = [i for i in range(len(items.test)) if items.test.domains[i] == domain]
+        ids = [np.concatenate([items.test.prompt(i), items.test.choice(i, items.test.answers[i])])[:-1] for i in chosen]
+        experts = torch.cat([model.route(torch.tensor(row, dtype=torch.long)[None]).experts for row in ids], dim=1)
+        load = summarise(Routing(experts, torch.ones(experts.shape)), 4)["load"]
+        torch.testing.assert_close(shares[domain].double(), load, atol=1e-5, rtol=0)
+
+
+def test_accounts(places):
+    base, _ = load_base(places[1], dtype="float32", device="cpu")
+    width = sum(
+        m.in_features + m.out_features
+        for n, m in base.named_modules()
+        if n.startswith("model.layers") and hasattr(m, "in_features")
+    )
+    paper = methods.account(methods.METHODS["pregate_paper"].build(load(base)))
+    hidden, router = base.config.hidden_size, 8 * base.config.hidden_size
+    assert paper == methods.Account(64 * width + router, 16.0, 2 * 16 * width + 4 * router)
+    total = methods.account(methods.METHODS["lora_total"].build(load(base)))
+    assert total == methods.Account(64 * width, 64.0, 2 * 64 * width)
+    for name, method in methods.SEARCH.items():
+        found = methods.account(method.build(load(base)))
+        assert found.active_rank == 16, name
+        routers = found.trainable - 64 * width
+        assert 0 < routers <= 256 * (hidden + 64 * len(base.model.layers)), name
+    with pytest.raises(ValueError, match="no account is known"):
+        methods.account(torch.nn.Linear(2, 2))
+
+
+def test_the_bootstrap_of_a_case_done_by_hand():
+    """One seed, two domains of two clusters: 9 equally likely outcomes with weights 1, 2, 1 a domain."""
+    domains, clusters = np.array([0, 0, 1, 1]), np.array([0, 1, 2, 3])
+    ours, theirs = np.array([[1, 0, 1, 0]]), np.array([[0, 0, 0, 1]])
+    # Domain 0: differences 1, 0, so a mean of 1, 1/2 or 0; domain 1: 1, -1, so 1, 0 or -1.
+    means = sorted((a + b) / 2 for a in (1, 0.5, 0.5, 0) for b in (1, 0, 0, -1))
+    wanted = np.percentile(np.repeat(means, 1000), (10, 90))
+    low, mid, high = paired_difference(ours, theirs, domains, clusters, resamples=20000, interval=(10, 90))
+    assert mid == pytest.approx(0.25)
+    assert (low, high) == pytest.approx(tuple(wanted))
+    # Items of one cluster come together: both of domain 1 always, so that only domain 0 varies.
+    low, mid, high = paired_difference(ours, theirs, domains, np.array([0, 1, 2, 2]), interval=(0, 100))
+    assert (low, mid, high) == pytest.approx((0, 0.25, 0.5))
+    # Seeds vary, too: all right with one, all wrong with the other.
+    low, mid, high = paired_difference([[1] * 4, [0] * 4], [[0] * 4] * 2, domains, clusters, interval=(0, 100))
+    assert (low, mid, high) == pytest.approx((0, 0.5, 1))
+    assert paired_difference(ours, ours, domains, clusters) == (0, 0, 0)
+    with pytest.raises(ValueError, match="do not belong together"):
+        paired_difference(ours, theirs[:, :3], domains, clusters)
+
+
+def test_a_report_of_other_items_is_refused(tiny):
+    items = tiny[2]
+    result = {"method": "m", "seed": 0, "score": {"order": "0"}}
+    with pytest.raises(ValueError, match="other test items"):
+        accuracy_rows([result], items.test, items.names, "m")
