@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from adafuse.adapter_state import check_unadapted
 from adafuse.config import AdaFuseConfig
 from adafuse.discover import check_causal_lm, find_blocks, linear_features
 from adafuse.integrations.lora_folder import Lora, read_lora, write_lora
-from adafuse.model import ADAPTER_NAME, AdaFuseModel, _check_unadapted
+from adafuse.model import AdaFuseModel
+from adafuse.peft_surface import ADAPTER_NAME
 
 # What the path of a language model's blocks may go through: the same model is `model.layers` alone, and
 # `model.language_model.layers` or `language_model.model.layers` inside a multimodal one, by the version that saved it.
@@ -46,7 +48,7 @@ def import_loras(
     Raises ValueError, leaving the base as it was, if a folder is anything but a plain LoRA on linears of this base's blocks.
     """
     folders = _checked(folders, top_k)
-    _check_unadapted(base)
+    check_unadapted(base)
     check_causal_lm(base)
     blocks, linears = _linears_of_blocks(base)
     loras, notes = [], []
