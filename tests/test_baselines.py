@@ -6,6 +6,7 @@ import threading
 import peft
 import pytest
 import torch
+from accelerate import dispatch_model
 from baseline_methods import ALL, COEF, METHODS, inputs
 from families import BLOCKS, batch, family
 from reference import language_model_loss, relative_error
@@ -131,10 +132,47 @@ def test_an_adapted_base_is_refused(method):
 @pytest.mark.parametrize("method", ALL)
 def test_a_config_of_another_method_is_refused(method):
     wrong = PescConfig() if method != "pesc" else LayerwiseConfig()
-    with pytest.raises(ValueError, match=f"config must be an {type(ALL[method].config).__name__}"):
+    with pytest.raises(ValueError, match=f"config must be a {type(ALL[method].config).__name__}"):
         ALL[method].model(family("llama").build(), wrong)
     with pytest.raises(ValueError, match="config must be an AdaFuseConfig, got RandomConfig"):
         AdaFuseModel(family("llama").build(), RandomConfig())
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_a_base_dispatched_by_accelerate(method, tmp_path):
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    base = dispatch_model(
+        family("llama").build(), device_map=places, main_device="cpu", offload_dir=tmp_path, force_hooks=True
+    )
+    with torch.no_grad():
+        wanted, bare = ALL[method].attach()[0](batch()).logits, base(batch()).logits
+        model, _ = ALL[method].attach(base)
+        assert torch.equal(model(batch()).logits, wanted)
+        assert torch.equal(model.detach()(batch()).logits, bare)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ALL)
+def test_torch_compile_gives_the_same_logits(method):
+    model, _ = ALL[method].attach()
+    wanted = model(input_ids=batch(), use_cache=False).logits
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        assert relative_error(compiled(input_ids=batch(), use_cache=False).logits, wanted) < 1e-5
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_a_failed_forward_leaves_the_model_usable(method):
+    model, _ = METHODS[method].attach()
+    wanted = model(batch()).logits
+    handle = model.get_base_model().model.layers[1].self_attn.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(batch())
+    handle.remove()
+    assert torch.equal(model(batch()).logits, wanted)
 
 
 # Structure

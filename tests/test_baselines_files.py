@@ -127,7 +127,7 @@ def test_broken_files_and_other_bases_are_refused(method, tmp_path):
     tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / WEIGHTS_FILE).items()}
     router = next(name for name in tensors if name.endswith("router.weight"))
     for change, message in (
-        ({router: tensors[router][:-1]}, rf"{router} has shape \[4, 32\], expected \[5, 32\]"),
+        ({router: tensors[router][:-1]}, rf"{router} has shape \[4, \d+\], expected \[5, \d+\]"),
         ({"model.layers.9.router.weight": tensors[router].clone()}, "this adapter cannot have, first model.layers.9"),
         ({router: tensors[router] * float("nan")}, f"{router} holds NaN or Inf"),
     ):

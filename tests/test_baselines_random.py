@@ -127,6 +127,10 @@ def test_there_is_no_router_to_train():
         RandomConfig(aux_loss_coef=0.1)
     with pytest.raises(ValueError, match="router_hidden=4: random routing has no router"):
         RandomConfig(router_hidden=4)
+    with pytest.raises(ValueError, match=r'set_trainable\("router"\): random routing has no router'):
+        model.set_trainable("router")
+    with pytest.raises(ValueError, match="seed=4294967296 is too large; allowed: 0 to 4294967295"):
+        RandomConfig(seed=2**32)
     with pytest.raises(ValueError, match="seed=-1 is too small"):
         RandomConfig(seed=-1)
 

@@ -44,7 +44,7 @@ class AttachedModel(AdapterState):
     def __init__(self, base, config=None):
         config = self.config_class() if config is None else config
         if not isinstance(config, self.config_class) or config.method != self.config_class.method:
-            raise ValueError(f"config must be an {self.config_class.__name__}, got {type(config).__name__}")
+            raise ValueError(f"config must be {_a(self.config_class.__name__)}, got {type(config).__name__}")
         if torch.is_inference_mode_enabled():
             raise ValueError("an adapter attached inside torch.inference_mode() could never train; attach it outside")
         check_unadapted(base)
@@ -186,3 +186,7 @@ class AttachedModel(AdapterState):
             parameter.requires_grad_(name in self._trained_before)
         self.base_model = None
         return base
+
+
+def _a(name):
+    return f"an {name}" if name[0] in "AEIOU" else f"a {name}"

@@ -22,6 +22,7 @@ from adafuse.config import (
 )
 
 FFN_LINEARS = ("gate_proj", "up_proj", "down_proj")
+MAX_SEED = 2**32 - 1  # of random routing, whose hash is of 32 bits
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,8 @@ class RandomConfig(AdaFuseConfig):
     def __post_init__(self):
         super().__post_init__()
         check_int("seed", self.seed, 0)
+        if self.seed > MAX_SEED:
+            raise ValueError(f"seed={self.seed} is too large; allowed: 0 to {MAX_SEED}")
         for name in ("router_hidden", "aux_loss_coef"):
             if getattr(self, name) != 0:
                 raise ValueError(f"{name}={getattr(self, name)}: random routing has no router to train; it must be 0")

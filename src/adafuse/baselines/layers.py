@@ -18,10 +18,9 @@ class RoutedLinear(AdapterLinear):
     def __init__(self, place, router, bank, *, dropout, scale):
         super().__init__(place.module, bank, place.path, place.block, dropout)
         self.router, self.scale = router.train(place.module.training), scale
+        # What the kernels need to know of this one linear.
         sizes = {"r": bank.r, "num_experts": bank.num_experts, "top_k": router.top_k}
-        self._kernels = AdaFuseConfig(
-            lora_alpha=scale * bank.r, **sizes
-        )  # what the kernels need to know of this one linear
+        self._kernel_config = AdaFuseConfig(lora_alpha=scale * bank.r, **sizes)
 
     def forward(self, x, *args, **kwargs):
         share = running_share(self.path)
@@ -47,7 +46,7 @@ class RoutedLinear(AdapterLinear):
             )
         from adafuse.fused import fused_blocks  # here, since it needs Triton
 
-        return fused_blocks(routing, self._kernels, 1)[0].linear(self, x, dtype, args, kwargs)
+        return fused_blocks(routing, self._kernel_config, 1)[0].linear(self, x, dtype, args, kwargs)
 
 
 class StaticLinear(AdapterLinear):

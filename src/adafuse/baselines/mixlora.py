@@ -52,8 +52,9 @@ class MixLoraModel(BaselineModel):
     def _module(cls, place, router, bank, config):
         if place.is_ffn:
             return MixedFFN(place, router, r=config.r, scale=config.scale)
-        kind = ExpertLinear if bank.num_experts else StaticLinear
-        return kind(place, bank, dropout=config.lora_dropout, **({} if bank.num_experts else {"scale": config.scale}))
+        if bank.num_experts:
+            return ExpertLinear(place, bank, dropout=config.lora_dropout)
+        return StaticLinear(place, bank, dropout=config.lora_dropout, scale=config.scale)
 
 
 class MixedFFN(nn.Module):

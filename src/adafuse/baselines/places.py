@@ -49,12 +49,15 @@ class Place:
     def make_router(self, top_k, std=None) -> LinearRouter | None:
         if not self.experts:
             return None
-        return LinearRouter(self.in_features, self.experts, top_k, std=std, device=device_of(self.module))
+        return LinearRouter(self.in_features, self.experts, top_k, std=std, device=self._device())
 
     def make_bank(self) -> ExpertBank | None:
         if self.size is None:
             return None
-        return ExpertBank(self.in_features, self.out_features, device=device_of(self.module), **self.size._asdict())
+        return ExpertBank(self.in_features, self.out_features, device=self._device(), **self.size._asdict())
+
+    def _device(self):
+        return device_of(getattr(self.module, FFN_LINEARS[0]) if self.is_ffn else self.module)
 
 
 class Linears(NamedTuple):

@@ -42,6 +42,14 @@ class RandomModel(AdaFuseModel):
         del shapes["router.weight"]
         return found, shapes
 
+    def set_trainable(self, part: str = "all"):
+        """Choose what trains: "all" or "experts", which are the same here, or "none"."""
+        if part == "router":
+            raise ValueError(
+                'set_trainable("router"): random routing has no router to train; allowed: "all", "experts", "none"'
+            )
+        super().set_trainable(part)
+
     def detach(self):
         self._ids_hook.remove()
         return super().detach()

@@ -88,6 +88,8 @@ def export_loras(model: AdaFuseModel, folder) -> list[Path]:
 
     folder must not exist yet, or be empty: all appears in it at once or, if anything fails, nothing. ValueError otherwise.
     """
+    if not isinstance(model, AdaFuseModel):
+        raise ValueError(f"export_loras needs an AdaFuseModel, got {type(model).__name__}")
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         kind = "a folder with files in it" if folder.is_dir() else "a file"
