@@ -44,6 +44,13 @@ def test_the_examples_on_peft_run(base):
     assert sorted(path.name for path in Path("loras").iterdir()) == ["expert-0", "expert-1"]
 
 
+def test_the_example_on_baselines_runs(base, capsys):
+    base = save_base(base.parent / "four-blocks", num_hidden_layers=4)  # a block for each part that MoLA has
+    model = run_blocks(ROOT / "docs" / "baselines.md", base)["model"]
+    assert model.execution == "published"
+    assert "bytes read per token" in capsys.readouterr().out
+
+
 def test_the_finetuning_example_runs(base, monkeypatch, capsys):
     data = write_jsonl(Path("train.jsonl"), sums(16))
     monkeypatch.setattr(sys, "argv", ["finetune.py", str(base), str(data), "out"])

@@ -17,22 +17,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from adafuse.config import FORMAT_VERSION, AdaFuseConfig
+from adafuse.config import FORMAT_VERSION, AdaFuseConfig, Settings
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
-# Keys of the JSON beside the settings of AdaFuseConfig.
-HEADER_KEYS = ("format_version", "base_model_name_or_path", "fingerprint")
+# Keys of the JSON beside the settings of the config.
+HEADER_KEYS = ("format_version", "base_model_name_or_path", "fingerprint", "method")
 
 
-def describe(config: AdaFuseConfig, base_name: str, fingerprint: dict) -> dict:
-    """The content of adapter_config.json."""
+def describe(config: Settings, base_name: str, fingerprint: dict) -> dict:
+    """The content of adapter_config.json. It names the method of its settings unless that is AdaFuse's own."""
     return {
         **config.to_dict(),
         "format_version": FORMAT_VERSION,
         "base_model_name_or_path": base_name or "",
         "fingerprint": fingerprint,
+        **({} if config.method == AdaFuseConfig.method else {"method": config.method}),
     }
 
 
@@ -135,9 +136,15 @@ def read_description(folder) -> dict:
     return description
 
 
-def config_of(description: dict) -> AdaFuseConfig:
-    """The AdaFuseConfig within a description."""
-    return AdaFuseConfig.from_dict({key: value for key, value in description.items() if key not in HEADER_KEYS})
+def config_of(description: dict, config_class: type[Settings] = AdaFuseConfig) -> Settings:
+    """The config within a description. ValueError if it is one of another method."""
+    method = description.get("method", AdaFuseConfig.method)
+    if method != config_class.method:
+        raise ValueError(
+            f"this is an adapter of the method {method!r}, not of {config_class.method!r}; load it with the model class of its method "
+            "(AdaFuseModel, or one of adafuse.baselines)"
+        )
+    return config_class.from_dict({key: value for key, value in description.items() if key not in HEADER_KEYS})
 
 
 def read_tensors(folder, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:

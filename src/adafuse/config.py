@@ -1,18 +1,54 @@
-"""AdaFuseConfig: every setting of an adapter, its default, its check, and its JSON form. Knows nothing of torch."""
+"""AdaFuseConfig: every setting of an adapter, its default, its check, and its JSON form. Knows nothing of torch.
+
+`Settings` is the JSON form alone, for any method's config.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import asdict, dataclass, fields
+from typing import ClassVar
 
 FORMAT_VERSION = 1
 ROUTINGS = ("model", "layer")
 ALL_LINEAR = "all-linear"
 
 
+class Settings:
+    """JSON in and out of a config: a frozen dataclass whose fields are resolved when it is made.
+
+    method: the name under which a checkpoint says which method its settings are of.
+    """
+
+    method: ClassVar[str]
+
+    def to_dict(self) -> dict:
+        """The settings as JSON types: resolved numbers, no nulls."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, settings: dict):
+        """The inverse of `to_dict`. Raises ValueError for a setting this version does not know, or one left out."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(settings) - known):
+            raise ValueError(f"unknown adapter setting(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        if missing := sorted(known - set(settings)):
+            raise ValueError(f"adapter setting(s) {', '.join(missing)} are missing from the checkpoint")
+        if nulls := sorted(name for name, value in settings.items() if value is None):
+            raise ValueError(f"adapter setting(s) {', '.join(nulls)} are null; a checkpoint holds resolved values")
+        return cls(**settings)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    def _resolve(self, name, value):
+        """Set a field of a frozen config, in __post_init__: None becomes a number there, so that no reader ever meets it."""
+        object.__setattr__(self, name, value)
+
+
 @dataclass(frozen=True)
-class AdaFuseConfig:
+class AdaFuseConfig(Settings):
     """Settings of one dynamic adapter: a mixture of `num_experts` LoRA experts on each adapted linear.
 
     r: rank of an expert. num_experts: E, experts per adapted linear. top_k: K, experts a token uses, 1 <= K <= E.
@@ -28,6 +64,8 @@ class AdaFuseConfig:
     Raises ValueError, naming the field, on a value outside its range.
     """
 
+    method: ClassVar[str] = "adafuse"
+
     r: int = 16
     num_experts: int = 8
     top_k: int = 2
@@ -42,23 +80,18 @@ class AdaFuseConfig:
 
     def __post_init__(self):
         for name, least in (("r", 1), ("num_experts", 1), ("top_k", 1), ("shared_rank", 0), ("router_hidden", 0)):
-            _check_int(name, getattr(self, name), least)
+            check_int(name, getattr(self, name), least)
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k={self.top_k} is more than num_experts={self.num_experts}; allowed: 1 to num_experts"
             )
         if self.routing not in ROUTINGS:
             raise ValueError(f"routing={self.routing!r} is unknown; allowed: {', '.join(map(repr, ROUTINGS))}")
-        # None is resolved here, so that no reader of a config ever meets it.
-        object.__setattr__(self, "lora_alpha", _number("lora_alpha", self.lora_alpha, 2.0 * self.r))
-        object.__setattr__(self, "shared_alpha", _number("shared_alpha", self.shared_alpha, 2.0 * self.shared_rank))
-        object.__setattr__(self, "lora_dropout", _number("lora_dropout", self.lora_dropout, 0.0))
-        object.__setattr__(self, "aux_loss_coef", _number("aux_loss_coef", self.aux_loss_coef, 0.0))
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout={self.lora_dropout} is not a probability below 1")
-        if self.aux_loss_coef < 0.0:
-            raise ValueError(f"aux_loss_coef={self.aux_loss_coef} is negative; 0 turns the balance loss off")
-        object.__setattr__(self, "target_modules", _targets(self.target_modules))
+        self._resolve("lora_alpha", number("lora_alpha", self.lora_alpha, 2.0 * self.r))
+        self._resolve("shared_alpha", number("shared_alpha", self.shared_alpha, 2.0 * self.shared_rank))
+        self._resolve("lora_dropout", probability("lora_dropout", self.lora_dropout))
+        self._resolve("aux_loss_coef", coefficient("aux_loss_coef", self.aux_loss_coef))
+        self._resolve("target_modules", targets(self.target_modules))
 
     @property
     def scale(self) -> float:
@@ -70,51 +103,48 @@ class AdaFuseConfig:
         """s_shared = shared_alpha / shared_rank, 0 without a shared expert."""
         return self.shared_alpha / self.shared_rank if self.shared_rank else 0.0
 
-    def to_dict(self) -> dict:
-        """The settings as JSON types: resolved numbers, no nulls."""
-        settings = asdict(self)
-        if self.target_modules != ALL_LINEAR:
-            settings["target_modules"] = list(self.target_modules)
-        return settings
 
-    @classmethod
-    def from_dict(cls, settings: dict) -> AdaFuseConfig:
-        """The inverse of `to_dict`. Raises ValueError for a setting this version does not know, or one left out."""
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(settings) - known):
-            raise ValueError(f"unknown adapter setting(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-        if missing := sorted(known - set(settings)):
-            raise ValueError(f"adapter setting(s) {', '.join(missing)} are missing from the checkpoint")
-        if nulls := sorted(name for name, value in settings.items() if value is None):
-            raise ValueError(f"adapter setting(s) {', '.join(nulls)} are null; a checkpoint holds resolved values")
-        return cls(**settings)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
-
-
-def _check_int(name, value, least):
+def check_int(name, value, least):
+    """ValueError unless the value is a whole number, `least` or more."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name}={value!r} is not a whole number")
     if value < least:
         raise ValueError(f"{name}={value} is too small; allowed: {least} or more")
 
 
-def _number(name, value, default):
-    if value is None:
+def number(name, value, default=None) -> float:
+    """The value as a finite float, `default` for None. ValueError for anything else."""
+    if value is None and default is not None:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name}={value!r} is not a number")
     try:
-        number = float(value)
+        found = float(value)
     except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
+        found = math.inf
+    if not math.isfinite(found):
         raise ValueError(f"{name}={str(value)[:20]} is not a finite number")
-    return number
+    return found
 
 
-def _targets(value):
+def probability(name, value) -> float:
+    """The value as a float, 0 for None. ValueError unless 0 <= value < 1."""
+    found = number(name, value, 0.0)
+    if not 0.0 <= found < 1.0:
+        raise ValueError(f"{name}={found} is not a probability below 1")
+    return found
+
+
+def coefficient(name, value) -> float:
+    """The value as a float, 0 for None. ValueError if it is negative."""
+    found = number(name, value, 0.0)
+    if found < 0.0:
+        raise ValueError(f"{name}={found} is negative; 0 turns the balance loss off")
+    return found
+
+
+def targets(value) -> str | tuple[str, ...]:
+    """target_modules, checked: "all-linear", or the names sorted and without repeats."""
     if value == ALL_LINEAR:
         return ALL_LINEAR
     if isinstance(value, str):

@@ -7,7 +7,7 @@ from torch import nn
 
 
 class ExpertBank(nn.Module):
-    """E experts of rank r and one shared expert of rank S (S may be 0), for a linear from I to O features.
+    """E experts of rank r and one shared expert of rank S (either may be 0), for a linear from I to O features.
 
     In training, `a` [E*r + S, I] and `b` [E*r + S, O], fp32: the rows of expert e are e*r .. e*r + r - 1, the shared expert's come
     last, so that the reference computes all of them in two matmuls. `tensors` and `load` speak the exchange layout of
@@ -34,9 +34,11 @@ class ExpertBank(nn.Module):
 
     @staticmethod
     def shapes(in_features, out_features, config) -> dict[str, tuple[int, ...]]:
-        """Name and shape of each exchange tensor of a bank with these features under `config`."""
+        """Name and shape of each exchange tensor of a bank with these features and the config's num_experts, r and shared_rank."""
         experts, r, shared = config.num_experts, config.r, config.shared_rank
-        shapes = {"experts_a": (experts, r, in_features), "experts_b": (experts, out_features, r)}
+        shapes = {}
+        if experts:
+            shapes = {"experts_a": (experts, r, in_features), "experts_b": (experts, out_features, r)}
         if shared:
             shapes |= {"shared_a": (shared, in_features), "shared_b": (out_features, shared)}
         return shapes
@@ -46,10 +48,12 @@ class ExpertBank(nn.Module):
         a, b = self.a.detach() if a is None else a, self.b.detach() if b is None else b
         routed = self.num_experts * self.r
         split = (self.num_experts, self.r)
-        tensors = {
-            "experts_a": a[:routed].unflatten(0, split),
-            "experts_b": b[:routed].unflatten(0, split).transpose(1, 2),
-        }
+        tensors = {}
+        if self.num_experts:
+            tensors = {
+                "experts_a": a[:routed].unflatten(0, split),
+                "experts_b": b[:routed].unflatten(0, split).transpose(1, 2),
+            }
         if self.shared_rank:
             tensors |= {"shared_a": a[routed:], "shared_b": b[routed:].T}
         return tensors

@@ -56,6 +56,27 @@ def recording(stop=False):
         _forward_shares.reset(shares)
 
 
+def running_recorder() -> Recorder | None:
+    """The recorder of the forward that is running, if someone records it."""
+    return _recorder.get()
+
+
+def running_share(path):
+    """The share of the block that is running, for the module of its at `path`; None: adapters are off."""
+    share = _block_share.get()
+    if share is OUTSIDE:
+        raise RuntimeError(f"{path} was called outside the forward of its block, so no routing is known for it")
+    return share
+
+
+def check_hidden(h0):
+    """ValueError unless block 0 was given one hidden state a token."""
+    if h0.dim() != 3:
+        raise ValueError(
+            f"block 0 was given hidden states of shape {list(h0.shape)}; routing needs [batch, seq, hidden]"
+        )
+
+
 class PreGate:
     """The one routing decision of a forward: h0 -> the share of every block. Owned by the model, shared by its blocks."""
 
@@ -67,15 +88,12 @@ class PreGate:
 
     def shares(self, h0: torch.Tensor) -> list:
         """h0 [B, S, H] -> the share of each block."""
-        recorder = _recorder.get()
+        recorder = running_recorder()
         if not self.enabled and recorder is None:
             return self._base_alone()
-        if h0.dim() != 3:
-            raise ValueError(
-                f"block 0 was given hidden states of shape {list(h0.shape)}; routing needs [batch, seq, hidden]"
-            )
+        check_hidden(h0)
         # A model spread over devices may have its embeddings on another one than its first block.
-        routing = self.router(h0.to(self.router.weight.device)) if self.enabled else None
+        routing = self.router(h0.to(self.router.device)) if self.enabled else None
         if recorder is not None:
             recorder.h0, recorder.routing = h0, routing
             if recorder.stop:
@@ -164,13 +182,9 @@ class AdapterLinear(nn.Module):
         self.train(base_layer.training)
 
     def forward(self, x, *args, **kwargs):
-        share = _block_share.get()
+        share = running_share(self.path)
         if share is None:
             return self.base_layer(x, *args, **kwargs)
-        if share is OUTSIDE:
-            raise RuntimeError(
-                f"{self.path} was called outside the forward of its block, so no routing is known for it"
-            )
         masked = isinstance(share, torch.Tensor)
         self._check_tokens(x, share.shape[:-1].numel() if masked else share.tokens)
         dtype = compute_dtype(x)
@@ -206,6 +220,15 @@ class AdapterLinear(nn.Module):
     @property
     def out_features(self):
         return self.bank.out_features
+
+
+def device_of(module) -> torch.device:
+    """Where a module computes: the device of its weights; for one that accelerate offloads (they are on "meta"), its hook's."""
+    device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))  # a SequentialHook has several
+    execution = next((h.execution_device for h in hooks if getattr(h, "execution_device", None) is not None), None)
+    return torch.device(execution) if device.type == "meta" and execution is not None else device
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

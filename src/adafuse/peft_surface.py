@@ -18,7 +18,7 @@ OWN_TUNERS = "it describes PEFT's own tuners; print(model), model.banks and mode
 
 
 class PeftSurface(PeftModel):
-    """Base class of AdaFuseModel: PeftModel's attributes and names, and clear refusals of what makes no sense here.
+    """Base class of every model with an adapter: PeftModel's attributes and names, and clear refusals of what makes no sense here.
 
     It does not run PeftModel.__init__, which would inject one of PEFT's own tuners.
     """

@@ -48,6 +48,11 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_decisions * num_experts, router_hidden or hidden_size, **fp32))
         self.reset_parameters()
 
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are routed."""
+        return self.weight.device
+
     def reset_parameters(self):
         for weight in self.parameters():
             nn.init.normal_(weight, std=INIT_STD / weight.shape[1] ** 0.5)
@@ -58,8 +63,8 @@ class Router(nn.Module):
             x = h0.float()
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPS)
             if self.hidden is not None:
-                x = silu(_LinearFp32.apply(x, self.hidden.weight.float()))
-            logits = _LinearFp32.apply(x, self.weight.float())
+                x = silu(linear_fp32(x, self.hidden.weight))
+            logits = linear_fp32(x, self.weight)
             return choose(logits.unflatten(-1, (self.num_decisions, self.num_experts)), self.top_k)
 
     def table(self, model) -> Routing:
@@ -139,6 +144,11 @@ def _check_depends_on_id_alone(model, ids):
                 f"the hidden state that enters the blocks of this {family} model depends on more than the token id (its position, "
                 "say), so there is no table over the vocabulary; use model.route(input_ids)"
             )
+
+
+def linear_fp32(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x @ w.T in full fp32, forward and backward, whatever the TF32 setting. Call it outside autocast. x fp32 [..., I], w [O, I]."""
+    return _LinearFp32.apply(x, w.float())
 
 
 class _LinearFp32(torch.autograd.Function):

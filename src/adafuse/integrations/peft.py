@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from adafuse.adapter_state import check_unadapted
 from adafuse.config import AdaFuseConfig
 from adafuse.discover import check_causal_lm, find_blocks, linear_features
 from adafuse.integrations.lora_folder import Lora, read_lora, write_lora
-from adafuse.model import ADAPTER_NAME, AdaFuseModel, _check_unadapted
+from adafuse.model import AdaFuseModel
+from adafuse.peft_surface import ADAPTER_NAME
 
 # What the path of a language model's blocks may go through: the same model is `model.layers` alone, and
 # `model.language_model.layers` or `language_model.model.layers` inside a multimodal one, by the version that saved it.
@@ -46,7 +48,7 @@ def import_loras(
     Raises ValueError, leaving the base as it was, if a folder is anything but a plain LoRA on linears of this base's blocks.
     """
     folders = _checked(folders, top_k)
-    _check_unadapted(base)
+    check_unadapted(base)
     check_causal_lm(base)
     blocks, linears = _linears_of_blocks(base)
     loras, notes = [], []
@@ -86,6 +88,8 @@ def export_loras(model: AdaFuseModel, folder) -> list[Path]:
 
     folder must not exist yet, or be empty: all appears in it at once or, if anything fails, nothing. ValueError otherwise.
     """
+    if not isinstance(model, AdaFuseModel):
+        raise ValueError(f"export_loras needs an AdaFuseModel, got {type(model).__name__}")
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         kind = "a folder with files in it" if folder.is_dir() else "a file"

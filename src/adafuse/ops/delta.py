@@ -8,14 +8,16 @@ import torch
 from torch.nn.functional import linear
 
 
-def add_delta(y, x, a, b, *, rank_mask):
-    """y[t] + ((x[t] @ a.T) * rank_mask[t]) @ b.
+def add_delta(y, x, a, b, *, rank_mask, activation=None):
+    """y[t] + (activation(x[t] @ a.T) * rank_mask[t]) @ b; without an activation, the plain product.
 
     y [..., O], x [..., I], rank_mask [..., R] with the same number of tokens; a [R, I], b [R, O]. rank_mask holds the weight
     and scale of the expert each rank belongs to, 0 where the token did not choose it. Computed in the dtype of x (of autocast,
     where it is on); the result has y's shape and dtype.
     """
     h = linear(x, a)
+    if activation is not None:
+        h = activation(h)
     h = (h * rank_mask.to(h.dtype).reshape(h.shape)).flatten(0, -2)
     if y.dtype != h.dtype:  # a quantised base may answer in a dtype of its own: its precision is kept
         return y + (h @ b).to(y.dtype).view(y.shape)
