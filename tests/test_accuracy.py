@@ -419,18 +419,22 @@ def test_accounts(places):
         for n, m in base.named_modules()
         if n.startswith("model.layers") and hasattr(m, "in_features")
     )
-    paper = methods.account(methods.METHODS["pregate_paper"].build(load(base)))
+
+    def account(name):
+        method = (methods.METHODS | methods.SEARCH)[name]
+        return method.account(method.build(load(base)))
+
     hidden, router = base.config.hidden_size, 8 * base.config.hidden_size
-    assert paper == methods.Account(64 * width + router, 16.0, 2 * 16 * width + 4 * router)
-    total = methods.account(methods.METHODS["lora_total"].build(load(base)))
-    assert total == methods.Account(64 * width, 64.0, 2 * 64 * width)
-    for name, method in methods.SEARCH.items():
-        found = methods.account(method.build(load(base)))
+    trainable = 64 * width + router
+    assert account("pregate_paper") == methods.Account(trainable, trainable, 16.0, 2 * 16 * width + 4 * router)
+    assert account("lora_total").active_rank == 64
+    for name in methods.SEARCH:
+        found = account(name)
         assert found.active_rank == 16, name
         routers = found.trainable - 64 * width
         assert 0 < routers <= 256 * (hidden + 64 * len(base.model.layers)), name
-    with pytest.raises(ValueError, match="no account is known"):
-        methods.account(torch.nn.Linear(2, 2))
+    assert account("layerwise").active_rank == account("random_routing").active_rank == 16
+    assert methods.METHODS["base"].account(base) == methods.Account(0, 0, 0.0, 0)
 
 
 def test_the_bootstrap_of_a_case_done_by_hand():

@@ -10,9 +10,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 
 from adafuse import AdaFuseConfig, AdaFuseModel
+from adafuse.baselines import (
+    LayerwiseConfig,
+    LayerwiseModel,
+    MixLoraConfig,
+    MixLoraModel,
+    PescConfig,
+    PescModel,
+    RandomConfig,
+    RandomModel,
+    account,
+)
+from adafuse.baselines.accounting import Account
 from adafuse.discover import find_targets
 
 PAPER = {"num_experts": 8, "r": 8, "top_k": 2, "lora_alpha": 16, "routing": "model"}
@@ -24,52 +35,19 @@ HIDDEN = {"router_hidden": 256}
 
 
 @dataclass(frozen=True)
-class Account:
-    """trainable: parameters that train. active_rank: rank of a static LoRA on the same linears with as many parameters as a token's
-    experts. bytes_per_token: what one token reads of the adapter, chosen experts and all of the routers.
-    """
-
-    trainable: int
-    active_rank: float
-    bytes_per_token: int
-
-
-def account(model, itemsize: int = 2) -> Account:
-    """Account of an AdaFuseModel, a PEFT LoRA, or a model without adapters; routers in fp32, experts in `itemsize` bytes a number.
-
-        active = sum over linears (K r + shared rank) (I + O),    active_rank = active / sum over linears (I + O)
-
-    ValueError for other models, which need a formula of their own (`Method.account`).
-    """
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if isinstance(model, AdaFuseModel):
-        config = model.adafuse_config
-        width = sum(bank.in_features + bank.out_features for bank in model.banks.values())
-        rank = config.top_k * config.r + config.shared_rank
-        routers = sum(parameter.numel() for parameter in model.router.parameters())
-        return Account(trainable, float(rank), itemsize * rank * width + 4 * routers)
-    if layers:
-        widths = [layer.in_features + layer.out_features for layer in layers]
-        active = sum(layer.r["default"] * width for layer, width in zip(layers, widths, strict=True))
-        return Account(trainable, active / sum(widths), itemsize * active)
-    if not trainable:
-        return Account(0, 0.0, 0)
-    raise ValueError(f"no account is known for a {type(model).__name__}; give its Method one")
-
-
-@dataclass(frozen=True)
 class Method:
     """build: a base, which it may change, to a model with trainable parameters in fp32 (None: the base as it is, nothing to train).
 
-    router_lr_ratio: the routers' learning rate by that of the experts. settings: what a reader of the results should know. account: counts
-    the model's parameters, ranks and bytes, as `account` does.
+    router_lr_ratio: the routers' learning rate by that of the experts. settings: what a reader of the results should know.
     """
 
     build: Callable | None
     router_lr_ratio: float = 1.0
     settings: dict = field(default_factory=dict)
-    account: Callable = account
+
+    def account(self, model) -> Account:
+        """Parameters, ranks and bytes of a model that `build` made, experts in bf16."""
+        return account(model, itemsize=2) if self.build else Account(0, 0, 0.0, 0)
 
 
 def pregate(router_lr_ratio=1.0, **settings) -> Method:
@@ -84,6 +62,11 @@ def pregate(router_lr_ratio=1.0, **settings) -> Method:
     return Method(build, router_lr_ratio, settings)
 
 
+def baseline(model, config) -> Method:
+    """One of `adafuse.baselines` under a config of its own."""
+    return Method(lambda base: model(base, config), settings=config.to_dict())
+
+
 def lora(r: int) -> Method:
     """PEFT's LoRA of rank r on the same linears, alpha = 2 r."""
 
@@ -94,12 +77,21 @@ def lora(r: int) -> Method:
     return Method(build, settings={"r": r, "lora_alpha": 2 * r})
 
 
-# Compared with each other: `tune` and `final` take them all. `pregate_best` joins them in `final`.
+# Compared with each other: `tune` and `final` take them all. `pregate_best` joins them in `final`. Layer-wise and random routing differ
+# from `pregate_paper` in who routes, and in nothing else; the others have their papers' settings.
+ROUTED = {name: value for name, value in PAPER.items() if name != "routing"}
 METHODS = {
     "base": Method(None),
     "pregate_paper": pregate(**PAPER),
+    "layerwise": baseline(LayerwiseModel, LayerwiseConfig(**ROUTED, lora_dropout=0.0, aux_loss_coef=0.01)),
+    "random_routing": baseline(RandomModel, RandomConfig(**PAPER)),
     "lora_active": lora(16),
     "lora_total": lora(64),
+    "mola_2468": baseline(LayerwiseModel, LayerwiseConfig.mola()),
+    "mola_5555": baseline(LayerwiseModel, LayerwiseConfig.mola((5, 5, 5, 5))),
+    "moral": baseline(LayerwiseModel, LayerwiseConfig.moral()),
+    "pesc": baseline(PescModel, PescConfig()),
+    "mixlora": baseline(MixLoraModel, MixLoraConfig()),
 }
 BEST = "pregate_best"
 # Variants of the pre-gate, all decided before block 0: `search` takes them, and the best on validation becomes `pregate_best`.

@@ -78,7 +78,7 @@ class Study:
             trained = train(model, self.pairs, self._settings(run, method))
         result = {
             "settings": method.settings,
-            "account": vars(method.account(model, itemsize=2)),
+            "account": vars(method.account(model)),
             "train": trained,
             "score": self._evaluation(run.split).score(model, self.items.names),
             "env": self.environment,
