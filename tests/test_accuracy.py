@@ -61,7 +61,7 @@ def places(tmp_path_factory):
         (root / "data" / domain).mkdir(parents=True)
         for split, count in COUNTS.items():
             write_jsonl(root / "data" / domain / f"{split}.jsonl", questions(domain, split, count))
-    return root / "data", save_base(root / "base")
+    return root / "data", save_base(root / "base", num_hidden_layers=4)
 
 
 @pytest.fixture
