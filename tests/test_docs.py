@@ -44,6 +44,12 @@ def test_the_examples_on_peft_run(base):
     assert sorted(path.name for path in Path("loras").iterdir()) == ["expert-0", "expert-1"]
 
 
+def test_the_examples_on_the_engine_run(base, capsys):
+    namespace = run_blocks(ROOT / "docs" / "engine.md", base)
+    assert len(namespace["results"]) == 2
+    assert capsys.readouterr().out
+
+
 def test_the_finetuning_example_runs(base, monkeypatch, capsys):
     data = write_jsonl(Path("train.jsonl"), sums(16))
     monkeypatch.setattr(sys, "argv", ["finetune.py", str(base), str(data), "out"])
