@@ -11,7 +11,7 @@ from families import VOCAB
 from reference import relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adafuse import Engine
+from adafuse import AdaFuseModel, Engine
 
 ADAPTERS = {
     "model": {"routing": "model"},
@@ -145,6 +145,19 @@ def test_the_last_position_can_be_filled_and_no_more():
     assert one.generate([ids], max_new_tokens=50)[0].ids == generated(model, ids, 50)
     with pytest.raises(ValueError, match="50 tokens and 51 new ones are more than the 100 this engine serves"):
         one.generate([ids], max_new_tokens=51)
+
+
+def test_a_full_row_stays_where_it_is_while_others_go_on():
+    model, prompts = bare(), [prompt(90), prompt(5, 1)]
+    got = engine(model, max_seq_len=96).generate(prompts, max_new_tokens=[6, 60])
+    assert [each.ids for each in got] == [generated(model, prompts[0], 6), generated(model, prompts[1], 60)]
+
+
+def test_padding_of_a_prompt_is_a_token_of_it():
+    """Attention gives it the weight 0, which would not hide a NaN."""
+    model, ids = bare(), prompt(20)
+    model.model.embed_tokens.weight.data[0] = torch.nan
+    assert engine(model).generate([ids], max_new_tokens=20)[0].ids == generated(model, ids, 20)
 
 
 def test_what_an_earlier_generation_left_behind_is_not_seen():
@@ -442,6 +455,17 @@ def test_a_model_that_was_cast_or_detached_is_refused():
     model.detach()
     with pytest.raises(RuntimeError, match="detached"):
         one.generate([[1]])
+
+
+def test_a_model_whose_modules_were_replaced_is_refused():
+    resized, attached = bare(), bare()
+    engines = [engine(resized), engine(attached)]
+    resized.resize_token_embeddings(VOCAB + 3)
+    with pytest.raises(ValueError, match="modules of the model were replaced since the engine was made"):
+        engines[0].generate([[1]])
+    AdaFuseModel(attached)
+    with pytest.raises(ValueError, match="pass the AdaFuseModel itself"):
+        engines[1].generate([[1]])
 
 
 def test_a_model_that_switches_is_refused():

@@ -168,6 +168,8 @@ class Engine:
 
     def _prepare(self) -> bool:
         """Look at the model as it is now. Returns whether experts take part."""
+        if read_backbone(self.model) != self._backbone:
+            raise ValueError("modules of the model were replaced since the engine was made; make a new Engine for it")
         if (self._backbone.dtype, self._backbone.device) != (self._runner.cache.dtype, self._runner.cache.device):
             raise ValueError(
                 f"the model was moved or cast ({self._runner.cache.dtype} on {self._runner.cache.device} before, {self._backbone.dtype} on "

@@ -31,7 +31,7 @@ class Runner:
         self._part = torch.zeros(2, 1, self.chunk, dtype=torch.int64, device=device)  # tokens and positions of a chunk
         with torch.no_grad():
             self.rotary = rotary_table(backbone.rotary, length, dtype).to(device)
-        self.logits = torch.zeros(max_batch, backbone.head.weight.shape[0], device=device)
+        self.logits = torch.zeros(max_batch, backbone.head.out_features, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def prefill(self, row: int, ids: list[int], *, adapted: bool, routings: list | None = None):

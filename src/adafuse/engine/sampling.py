@@ -135,12 +135,12 @@ def logprobs(logits, tokens, top: int):
 def _draw(settings):
     """[B, longest] fp32 in [0, 1), each row from its seed alone."""
     longest = max(each.max_new_tokens for each in settings)
-    rows = torch.zeros(len(settings), longest)
+    rows = torch.zeros(len(settings), longest, dtype=torch.float32)
     for row, each in zip(rows, settings, strict=True):
         if each.temperature:
             generator = torch.Generator()
             generator.manual_seed(int(torch.randint(MAX_SEED, ())) if each.seed is None else each.seed)
-            row[: each.max_new_tokens] = torch.rand(each.max_new_tokens, generator=generator)
+            row[: each.max_new_tokens] = torch.rand(each.max_new_tokens, generator=generator, dtype=torch.float32)
     return rows
 
 
