@@ -39,7 +39,7 @@ def read_requests(prompts, settings: dict, *, limits: Limits, tokenizer, ends, s
         sampling = Sampling(**{name: _of_prompt(name, value, number, len(prompts)) for name, value in settings.items()})
         ids = _ids(prompt, number, tokenizer, limits.vocab_size)
         _check_length(ids, sampling, number, limits.positions)
-        text = TextStream(tokenizer, stop, sampling.min_new_tokens) if tokenizer else None
+        text = TextStream(tokenizer, stop, sampling.min_new_tokens) if tokenizer is not None else None
         sequences.append(Sequence(ids, sampling, ends, text))
     return sequences
 
@@ -55,7 +55,7 @@ def end_ids(given, base, tokenizer) -> frozenset[int]:
         return frozenset(several)
     configured = base.generation_config.eos_token_id
     configured = configured if isinstance(configured, (list, tuple)) else [configured]
-    return frozenset({*configured, tokenizer.eos_token_id if tokenizer else None} - {None})
+    return frozenset({*configured, tokenizer.eos_token_id if tokenizer is not None else None} - {None})
 
 
 def _of_prompt(name, value, number, count):
