@@ -51,6 +51,12 @@ def test_the_example_on_baselines_runs(base, capsys):
     assert "bytes read per token" in capsys.readouterr().out
 
 
+def test_the_examples_on_the_engine_run(base, capsys):
+    namespace = run_blocks(ROOT / "docs" / "engine.md", base)
+    assert len(namespace["results"]) == 2
+    assert capsys.readouterr().out
+
+
 def test_the_finetuning_example_runs(base, monkeypatch, capsys):
     data = write_jsonl(Path("train.jsonl"), sums(16))
     monkeypatch.setattr(sys, "argv", ["finetune.py", str(base), str(data), "out"])

@@ -7,9 +7,14 @@ from importlib import import_module
 
 __version__ = "0.1.0.dev0"
 
-_HOME = {"AdaFuseConfig": "adafuse.config", "AdaFuseModel": "adafuse.model", "Routing": "adafuse.router"}
+_HOME = {
+    "AdaFuseConfig": "adafuse.config",
+    "AdaFuseModel": "adafuse.model",
+    "Engine": "adafuse.engine",
+    "Routing": "adafuse.router",
+}
 
-__all__ = ["AdaFuseConfig", "AdaFuseModel", "Routing", "__version__"]
+__all__ = ["AdaFuseConfig", "AdaFuseModel", "Engine", "Routing", "__version__"]
 
 
 def __getattr__(name):

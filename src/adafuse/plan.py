@@ -6,13 +6,16 @@ Knows the routing and the ranks, not the experts' weights. Nothing here waits fo
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
 from adafuse.config import AdaFuseConfig
-from adafuse.ops.batch import ROUTING, Tiles, dense_gates, lay_out
 from adafuse.ops.chosen import Chosen
 from adafuse.router import Routing
+
+if TYPE_CHECKING:  # it needs Triton, which who reads `experts` and `weights` alone may not have
+    from adafuse.ops.batch import Tiles
 
 
 class Plan:
@@ -41,11 +44,15 @@ class Plan:
     @cached_property
     def gates(self) -> torch.Tensor:
         """[D, T, E + 1] fp32: the weight of each expert by token, 0 where not chosen; then the shared expert's."""
+        from adafuse.ops.batch import dense_gates
+
         return dense_gates(self.experts, self.weights, self.config.num_experts, self.config.shared_scale)
 
     @cached_property
     def tiles(self) -> Tiles:
         """The tokens sorted by their experts, in tiles."""
+        from adafuse.ops.batch import lay_out
+
         ranks = {name: getattr(self.config, name) for name in ("num_experts", "r", "shared_rank", "shared_scale")}
         return lay_out(self.experts, self.weights, **ranks)
 
@@ -58,6 +65,8 @@ class Plan:
         if "gates" in laid_out:
             laid_out["gates"].copy_(self.gates)
         if "tiles" in laid_out:
+            from adafuse.ops.batch import ROUTING
+
             for name in ROUTING:
                 getattr(laid_out["tiles"], name).copy_(getattr(self.tiles, name))
         vars(self).update(laid_out)

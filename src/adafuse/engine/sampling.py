@@ -1,0 +1,154 @@
+"""sampling: the next token of every sequence of a batch from its logits. Each row has its own settings and random numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of one sequence, checked when made.
+
+    temperature 0: the likeliest token. Above: sampled from softmax(logits / temperature), cut first to the top_k likeliest tokens
+    (0: all), then to the fewest likeliest that together have probability top_p of those left.
+    repetition_penalty: the logit of every token of the prompt and the text so far is divided by it if positive, multiplied if not (1:
+    none). min_new_tokens: no end token before so many. seed: the same numbers for the same seed; None: new ones, of torch's generator.
+
+    ValueError for a value out of range, and for top_k, top_p with temperature 0, which would mean nothing.
+    """
+
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self):
+        _check_int("max_new_tokens", self.max_new_tokens, 1)
+        _check_int("min_new_tokens", self.min_new_tokens, 0)
+        _check_int("top_k", self.top_k, 0)
+        _check_number("temperature", self.temperature, "0 or more", lambda t: t >= 0)
+        _check_number("top_p", self.top_p, "above 0 and up to 1", lambda p: 0 < p <= 1)
+        _check_number("repetition_penalty", self.repetition_penalty, "above 0", lambda p: p > 0)
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0)
+            if self.seed > MAX_SEED:
+                raise ValueError(f"seed={self.seed} is too large; allowed: 0 to {MAX_SEED}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}; lower the one or raise the other"
+            )
+        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+            raise ValueError(
+                f"temperature=0 takes the likeliest token, so top_k={self.top_k} and top_p={self.top_p} would mean nothing; set a "
+                "temperature above 0, or leave them out"
+            )
+
+
+class Sampler:
+    """Settings of a batch as tensors [B, 1], and what has been seen and drawn so far. Computes in fp32.
+
+    settings: a Sampling each row. prompts: their ids. ends: ids that end a text. vocab_size: V, the number of logits.
+    Random numbers are drawn when it is made, from a generator of each row's own: a row does not depend on the others.
+    """
+
+    def __init__(self, settings, prompts, *, ends, vocab_size: int, device):
+        def column(name, dtype=torch.float32):
+            return torch.tensor([[getattr(each, name)] for each in settings], dtype=dtype, device=device)
+
+        self.count = 0  # tokens sampled so far
+        temperatures = column("temperature")
+        self.greedy = temperatures == 0
+        self.temperature = temperatures.masked_fill(self.greedy, 1.0)
+        self.top_p, self.penalty = column("top_p"), column("repetition_penalty")
+        self.top_k = column("top_k", torch.int64)
+        self.top_k.masked_fill_(self.top_k == 0, vocab_size)
+        self.min_new_tokens = column("min_new_tokens", torch.int64)
+        ends = sorted(end for end in ends if end < vocab_size)
+        self._ends = torch.tensor(ends, dtype=torch.int64, device=device)
+        self._least = max(each.min_new_tokens for each in settings) if ends else 0
+        self._samples = any(each.temperature for each in settings)
+        self._uniform = _draw(settings).to(device) if self._samples else None
+        self._seen = None
+        if any(each.repetition_penalty != 1 for each in settings):
+            self._seen = torch.zeros(len(settings), vocab_size, dtype=torch.bool, device=device)
+            for row, ids in enumerate(prompts):
+                self._seen[row, torch.tensor(ids, device=device)] = True
+
+    def sample(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits [B, V] fp32 -> tokens [B] int64; -1 where the logits are NaN or infinite. No wait for the device."""
+        finite = logits.amax(-1).isfinite()
+        scores = logits
+        if self._seen is not None:
+            scores = torch.where(self._seen, penalised(scores, self.penalty), scores)
+        if self.count < self._least:
+            barred = scores.index_fill(1, self._ends, -torch.inf)
+            scores = torch.where(self.min_new_tokens > self.count, barred, scores)
+        tokens = scores.argmax(-1)
+        if self._samples:
+            below = scores - scores.amax(-1, keepdim=True)  # a small temperature must not make them infinite
+            drawn = draw(below / self.temperature, self.top_k, self.top_p, self._uniform[:, self.count, None])
+            tokens = torch.where(self.greedy[:, 0], tokens, drawn)
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens[:, None], True)
+        self.count += 1
+        return tokens.where(finite, -1)
+
+
+def penalised(scores, penalty):
+    """scores / penalty where positive, scores * penalty where not."""
+    return torch.where(scores > 0, scores / penalty, scores * penalty)
+
+
+def draw(scores, top_k, top_p, uniform) -> torch.Tensor:
+    """A token of each row by the inverse of its cumulative distribution, cut to top_k and then to top_p.
+
+    scores [B, V]: logits over temperature. top_k [B, 1] int64, top_p [B, 1], uniform [B, 1] in [0, 1) -> [B] int64. Equal scores:
+    the lower id comes first. At least one token is kept.
+    """
+    ordered, ids = scores.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(scores.shape[-1], device=scores.device)
+    probabilities = ordered.masked_fill(rank >= top_k, -torch.inf).softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    kept = ((before < top_p) & (rank < top_k)) | (rank == 0)
+    cumulative = probabilities.masked_fill(~kept, 0.0).cumsum(-1)
+    place = (cumulative <= uniform * cumulative[:, -1:]).sum(-1, keepdim=True)
+    # A rounded-up product may lie past the last: the last kept one with a probability.
+    last = ((kept & (probabilities > 0)).sum(-1, keepdim=True) - 1).clamp(min=0)
+    return ids.gather(-1, place.minimum(last))[:, 0]
+
+
+def logprobs(logits, tokens, top: int):
+    """log softmax(logits) of the tokens [B], and the ids and values [B, top] of the largest: of the model, before any setting."""
+    values = logits.log_softmax(-1)
+    largest = values.topk(top, dim=-1)
+    return values.gather(-1, tokens[:, None])[:, 0], largest.indices, largest.values
+
+
+def _draw(settings):
+    """[B, longest] fp32 in [0, 1), each row from its seed alone."""
+    longest = max(each.max_new_tokens for each in settings)
+    rows = torch.zeros(len(settings), longest, dtype=torch.float32)
+    for row, each in zip(rows, settings, strict=True):
+        if each.temperature:
+            generator = torch.Generator()
+            generator.manual_seed(int(torch.randint(MAX_SEED, ())) if each.seed is None else each.seed)
+            row[: each.max_new_tokens] = torch.rand(each.max_new_tokens, generator=generator, dtype=torch.float32)
+    return rows
+
+
+def _check_int(name, value, least):
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: allowed is a whole number, {least} or more")
+
+
+def _check_number(name, value, allowed, holds):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not holds(value):
+        raise ValueError(f"{name}={value!r}: allowed is a number {allowed}")
