@@ -75,7 +75,11 @@ def tiny(places, tmp_path):
 def small(monkeypatch):
     """Fewer methods and variants, small enough for the tiny model."""
     two = {"num_experts": 4, "r": 2, "top_k": 2}
-    chosen = {"base": methods.METHODS["base"], "lora_active": methods.lora(4), "pregate_paper": methods.pregate(**two)}
+    chosen = {
+        "base": methods.METHODS["base"],
+        "lora_active": methods.lora("active", **two),
+        "pregate_paper": methods.pregate(**two),
+    }
     variants = {"layer": methods.pregate(**two, routing="layer"), "slow_router": methods.pregate(0.1, **two)}
     for registry, entries in ((methods.METHODS, chosen), (methods.SEARCH, variants)):
         for name in list(registry):

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from peft import LoraConfig, get_peft_model
-
 from adafuse import AdaFuseConfig, AdaFuseModel
 from adafuse.baselines import (
     LayerwiseConfig,
@@ -22,9 +20,9 @@ from adafuse.baselines import (
     RandomConfig,
     RandomModel,
     account,
+    static_lora,
 )
 from adafuse.baselines.accounting import Account
-from adafuse.discover import find_targets
 
 PAPER = {"num_experts": 8, "r": 8, "top_k": 2, "lora_alpha": 16, "routing": "model"}
 FINE = {"num_experts": 64, "r": 1, "top_k": 16, "lora_alpha": 16}
@@ -67,14 +65,10 @@ def baseline(model, config) -> Method:
     return Method(lambda base: model(base, config), settings=config.to_dict())
 
 
-def lora(r: int) -> Method:
-    """PEFT's LoRA of rank r on the same linears, alpha = 2 r."""
-
-    def build(base):
-        targets = [target.path for target in find_targets(base, AdaFuseConfig())]
-        return get_peft_model(base, LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, task_type="CAUSAL_LM"))
-
-    return Method(build, settings={"r": r, "lora_alpha": 2 * r})
+def lora(rank: str, **settings) -> Method:
+    """PEFT's LoRA on the same linears, of the "active" or "total" rank of `AdaFuseConfig(**settings)` and with its scale."""
+    config = AdaFuseConfig(**settings)
+    return Method(lambda base: static_lora(base, config, rank), settings={"rank": rank, **settings})
 
 
 # Compared with each other: `tune` and `final` take them all. `pregate_best` joins them in `final`. Layer-wise and random routing differ
@@ -85,8 +79,8 @@ METHODS = {
     "pregate_paper": pregate(**PAPER),
     "layerwise": baseline(LayerwiseModel, LayerwiseConfig(**ROUTED, lora_dropout=0.0, aux_loss_coef=0.01)),
     "random_routing": baseline(RandomModel, RandomConfig(**PAPER)),
-    "lora_active": lora(16),
-    "lora_total": lora(64),
+    "lora_active": lora("active", **PAPER),
+    "lora_total": lora("total", **PAPER),
     "mola_2468": baseline(LayerwiseModel, LayerwiseConfig.mola()),
     "mola_5555": baseline(LayerwiseModel, LayerwiseConfig.mola((5, 5, 5, 5))),
     "moral": baseline(LayerwiseModel, LayerwiseConfig.moral()),
