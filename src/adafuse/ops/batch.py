@@ -454,8 +454,9 @@ def _blocks_of_a_token(tiles):
 
 def _expand_shape(h, features, tiles):
     """Whether a program holds h for a strip of columns depends on the ranks of a tile: those of the guess of `_splits`, and all of
-    them for a few tokens. Times on an H100, q, k, v of Llama-2-7B, 2 of 8 experts, held and not: 2048 tokens 60 and 77 us with
-    rank 64 (256 ranks), 46 and 56 us with 16; 256 tokens 18 and 16.6 us (512 ranks), 8.6 and 11.2 us.
+    them for a few tokens. Times on an H100, q, k, v of Llama-2-7B, 2 of 8 experts, held, and not (estimated from the mean over
+    all groups): 2048 tokens 60 and 77 us with rank 64 (256 ranks), 46 and 56 us with 16; 256 tokens 18 and 16.6 us (512 ranks),
+    8.6 and 11.2 us.
     """
     most = next_power_of_2(tiles.num_blocks * tiles.block_r)
     guess = next_power_of_2(2 * _blocks_of_a_token(tiles) * tiles.block_r)
