@@ -27,6 +27,13 @@ class FusedBlock:
 
     def __init__(self, plan: Plan, block: int):
         self._plan, self._block, self.tokens = plan, block, plan.tokens
+        self._parts = {}
+
+    def _part(self, device):
+        """The block's part of the plan on a device, laid out once for all its linears."""
+        if device not in self._parts:
+            self._parts[device] = self._plan.on(device).of_block(self._block)
+        return self._parts[device]
 
     @torch.compiler.disable
     def linear(self, layer, x, dtype, args, kwargs):
@@ -36,7 +43,7 @@ class FusedBlock:
         kernel, and the adapters' beside it. ValueError where a gradient is needed.
         """
         refuse_gradient_of_input(layer, x)
-        plan, base = self._plan.on(x.device).of_block(self._block), layer.base_layer
+        plan, base = self._part(x.device), layer.base_layer
         a, b = layer.bank.matrices(dtype)
         rows = x.reshape(-1, x.shape[-1])
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
