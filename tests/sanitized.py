@@ -5,7 +5,7 @@ import torch
 from adafuse.ops.batch import add_delta_tiles, lay_out
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.crowd import crowd, cut_for
-from adafuse.ops.decode import COPIES, EMPTY, decode, expand, shrink
+from adafuse.ops.decode import EMPTY, copies_of_h, decode, expand, shrink
 from adafuse.ops.route import route
 from adafuse.ops.switch import Segment, SwitchTable, switch
 
@@ -24,7 +24,9 @@ def a_decode(tokens, features, widths, num_experts, r, top_k, shared):
     chosen = Chosen(experts_of(tokens, num_experts, top_k), weights, num_experts, r, shared, 0.5)
     x, base = normal(tokens, features), [normal(o, features) for o in widths]
     banks = {"banks_a": [normal(ranks, features) for _ in widths], "banks_b": [normal(ranks, o) for o in widths]}
-    h = torch.full((COPIES, tokens, len(widths), chosen.active), EMPTY.value, dtype=torch.int32, device="cuda")
+    h = torch.full(
+        (copies_of_h(chosen.active), tokens, len(widths), chosen.active), EMPTY.value, dtype=torch.int32, device="cuda"
+    )
     decode(x, base, normal(tokens, sum(widths)), **banks, chosen=chosen, h=h)
     decode(x, base, normal(tokens, sum(widths)))
     shrink(x, banks["banks_a"], chosen, h[0])

@@ -425,6 +425,7 @@ def test_explain_execution_counts_bytes_and_flops(capsys):
         (32, {"num_experts": 8, "r": 64}, "crowd"),
         (32, {"num_experts": 256, "r": 64, "top_k": 1}, "tiles"),
         (65, {"num_experts": 8, "r": 16}, "tiles"),
+        (2048, {"num_experts": 8, "r": 64}, "matmul"),
     ],
 )
 def test_fused_takes_the_cheapest_form(tokens, mixture, form):

@@ -396,7 +396,7 @@ def expand_tiles(
     add itself on top. The remaining keywords are the kernel's block sizes; they default by shape.
     """
     b, y = _as_tuple(b), _as_tuple(y)
-    _check_expand(h, b, tiles, y)
+    check_expand(h, b, tiles, y)
     features = tuple(part.shape[1] for part in b)
     shape = _expand_shape(h, features, tiles)
     given = {"block_o": block_o, "strip": strip, "held": held, "num_warps": num_warps, "num_stages": num_stages}
@@ -510,7 +510,8 @@ def _check_shrink(x, a, tiles, out):
     _check_rows("x", x)
 
 
-def _check_expand(h, b, tiles, y):
+def check_expand(h, b, tiles, y):
+    """ValueError for an h, tuple of b or of outputs y that do not fit the routing or one another."""
     _check_tiles(tiles)
     refuse_gradients(h, *b, *y)
     if len(b) != len(y):
