@@ -2,10 +2,11 @@
 
 import torch
 
-from adafuse.ops.batch import add_delta_tiles, lay_out
+from adafuse.ops.batch import add_delta_tiles, lay_out, shrink_tiles
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import EMPTY, copies_of_h, decode, expand, shrink
+from adafuse.ops.matmul import matmul_tiles, readable
 from adafuse.ops.route import route
 from adafuse.ops.switch import Segment, SwitchTable, switch
 
@@ -38,7 +39,10 @@ def a_batch(tokens, features, widths, num_experts, r, top_k, shared):
     routing = experts_of(tokens, num_experts, top_k), torch.rand(tokens, top_k, device="cuda")
     tiles = lay_out(*routing, num_experts=num_experts, r=r, shared_rank=shared)
     a, b = [normal(ranks, features) for _ in widths], [normal(ranks, o) for o in widths]
-    add_delta_tiles([normal(tokens, o) for o in widths], normal(tokens, features), a, b, tiles)
+    x, weights = normal(tokens, features), [normal(o, features) for o in widths]
+    add_delta_tiles([normal(tokens, o) for o in widths], x, a, b, tiles)
+    if all(readable(w) for w in weights):
+        matmul_tiles(x, weights, shrink_tiles(x, a, tiles), b, tiles, normal(tokens, sum(widths)))
 
 
 def a_crowd(tokens, features, widths, num_experts, r):
@@ -84,6 +88,7 @@ if __name__ == "__main__":
     a_decode(1, 256, (64,), 8, 16, 2, 0)
     a_batch(33, 63, (17, 40), 6, 4, 2, 3)
     a_batch(130, 128, (64,), 8, 16, 2, 0)
+    a_batch(130, 72, (64, 24, 300), 8, 16, 2, 3)
     a_crowd(33, 192, (72, 40), 4, 8)
     a_crowd(130, 256, (128,), 8, 16)
     a_switch()

@@ -14,9 +14,10 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from adafuse.ops.batch import add_delta_tiles, add_delta_tiles_ref, lay_out
+from adafuse.ops.batch import add_delta_tiles_ref, expand_tiles, lay_out, shrink_tiles
 from adafuse.ops.crowd import crowd, crowd_ref, cut_for
 from adafuse.ops.decode import copies_of_h, decode, decode_ref
+from adafuse.ops.matmul import matmul_tiles
 from adafuse.ops.route import route
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -144,27 +145,36 @@ def test_no_program_takes_a_rank_for_there_that_is_not(size):
     assert bad.item() == 0
 
 
+@pytest.mark.parametrize("base", [False, True], ids=["expand", "matmul"])
 @pytest.mark.parametrize("times", range(3))
-def test_batch_waits_for_its_input(times):
-    """A late x before shrink; expand reads what the late shrink (and with splits, its sum) wrote."""
+def test_batch_waits_for_its_input(times, base):
+    """A late x before shrink; then what reads the h that the late shrink (and with splits, its sum) wrote, and matmul x itself."""
     tokens, features, width, experts, r = 200, 4096, 1024, 8, 16
     x, late = (torch.randn(tokens, features, device="cuda").bfloat16() for _ in range(2))
+    w = torch.randn(width, features, device="cuda").bfloat16() / 64
     a = torch.randn(experts * r, features, device="cuda").bfloat16() / 64
     b = torch.randn(experts * r, width, device="cuda").bfloat16()
     chosen = torch.rand(tokens, experts, device="cuda").argsort(-1)[:, :2].int()
     tiles = lay_out(chosen, torch.rand(tokens, 2, device="cuda"), num_experts=experts, r=r)
-    y, wanted = (
-        torch.zeros(tokens, width, device="cuda").bfloat16(),
-        torch.zeros(tokens, width, device="cuda").bfloat16(),
-    )
-    add_delta_tiles([y.clone()], x, [a], [b], tiles, pdl=True)  # compiled ahead
+    wanted = torch.zeros(tokens, width, device="cuda").bfloat16()
     add_delta_tiles_ref([wanted], x, [a], [b], tiles)
-    write_late(x.clone(), x)
+    wanted = wanted.double().cpu() + (x.double() @ w.double().T).cpu() * base
+
+    def run(x):
+        h, out = nan(*tiles.h_shape(1), dtype=x.dtype), nan(tokens, width, dtype=x.dtype)
+        write_late(late, source)
+        shrink_tiles(x, [a], tiles, h, pdl=True)
+        if base:
+            matmul_tiles(x, [w], h, [b], tiles, out, pdl=True)
+        else:
+            expand_tiles(h, [b], tiles, [out], add=False, pdl=True)
+        return out
+
+    source = x
+    run(x)  # compiled ahead
     late.fill_(float("nan"))
     torch.cuda.synchronize()
-    write_late(late, x)
-    add_delta_tiles([y], late, [a], [b], tiles, pdl=True)
-    assert relative_error(y, wanted.double().cpu()) < 1e-2
+    assert relative_error(run(late), wanted) < 1e-2
 
 
 @pytest.mark.parametrize("times", range(3))

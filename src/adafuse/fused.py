@@ -118,8 +118,8 @@ def _is_plain(layer, x, dtype):
     if layer.training and layer.dropout.p:
         return False
     weight = base.weight
-    readable = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_contiguous() and weight.device == x.device
-    return readable and weight.dtype == x.dtype == dtype and x.shape[-1] <= MAX_FEATURES
+    ours = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_contiguous() and weight.device == x.device
+    return ours and weight.dtype == x.dtype == dtype and x.shape[-1] <= MAX_FEATURES
 
 
 def _is_watched(module):

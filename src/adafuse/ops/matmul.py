@@ -23,6 +23,7 @@ from adafuse.ops.batch import ROUTING, Tiles, check_expand, expand_tiles_ref
 from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import dot, launch_options, processors
 
+RANKS = 64  # summed in a step, of one block of the layout or of several
 MOST_LINEARS = 3  # of a group: a kernel takes descriptors one by one, not as a tuple
 
 
@@ -54,16 +55,15 @@ def _columns(place, weights, b, widths: tl.constexpr, BLOCK_O: tl.constexpr):
 def _matmul_kernel(
     x, w0, w1, w2, h, b, y, order, counts, blocks, T, stride_x, stride_y,
     widths: tl.constexpr, COLUMNS: tl.constexpr, I: tl.constexpr, R: tl.constexpr, NUM_BLOCKS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
-    EVEN_O: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, RANKS: tl.constexpr,
+    GROUP: tl.constexpr, EVEN_O: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A tile: BLOCK_T tokens by BLOCK_O outputs of a linear; COLUMNS blocks of outputs in all.
+    """A tile: BLOCK_T tokens by BLOCK_O outputs of a linear; COLUMNS blocks of outputs in all. RANKS ranks a step.
 
     Tiles run token tile by token tile within GROUP blocks of outputs, so that programs which run at once share rows of W and x.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     if len(widths) == 1:
         weights = (w0,)
     elif len(widths) == 2:
@@ -80,6 +80,7 @@ def _matmul_kernel(
         t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
         o = block * BLOCK_O + tl.arange(0, BLOCK_O)
         token = tl.load(order + t, mask=t < T, other=0)
+        needed = tl.load(counts + tile) * BLOCK_R  # ranks; asked for here, since the sum over them waits for it
         x_row = x + token.to(tl.int64) * stride_x
         acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
         for start in tl.range(0, I, BLOCK_I, num_stages=STAGES):
@@ -89,14 +90,23 @@ def _matmul_kernel(
             else:
                 x_tile = tl.load(x_row[:, None] + i[None, :], mask=(i < I)[None, :], other=0.0)
             acc = dot(x_tile, w.load([block * BLOCK_O, start]).T, acc)
+        if PDL:  # h is there, and y may be written
+            tl.extra.cuda.gdc_wait()
         h_row = h + (linear * token_tiles * BLOCK_T + t).to(tl.int64) * (NUM_BLOCKS * BLOCK_R)
-        for slot in tl.range(0, tl.load(counts + tile), num_stages=2):
-            rank = tl.load(blocks + tile * NUM_BLOCKS + slot) * BLOCK_R + tl.arange(0, BLOCK_R)
+        for start in tl.range(0, needed, RANKS, num_stages=2):
+            n = start + tl.arange(0, RANKS)
+            there = n < needed
+            if RANKS == BLOCK_R:
+                rank = tl.load(blocks + tile * NUM_BLOCKS + start // BLOCK_R) * BLOCK_R + tl.arange(0, RANKS)
+            else:
+                rank = tl.load(blocks + tile * NUM_BLOCKS + n // BLOCK_R, mask=there, other=0) * BLOCK_R + n % BLOCK_R
+                rank = tl.max_contiguous(tl.multiple_of(rank, BLOCK_R), BLOCK_R)
             b_at = part + tl.minimum(rank, R - 1).to(tl.int64)[:, None] * width + o[None, :]
             if ALIGNED:  # the compiler cannot see it through a choice of pointers
                 b_at = tl.max_contiguous(tl.multiple_of(b_at, (1, 16)), (1, 16))
             b_tile = tl.load(b_at) if EVEN_O else tl.load(b_at, mask=(o < width)[None, :], other=0.0)
-            acc = dot(tl.load(h_row[:, None] + rank[None, :]), b_tile, acc)
+            h_tile = tl.load(h_row[:, None] + rank[None, :], mask=there[None, :], other=0.0)
+            acc = dot(h_tile, b_tile, acc)
         y_at = y + token.to(tl.int64)[:, None] * stride_y + column + o[None, :]
         tl.store(y_at, acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (o < width)[None, :])
 
@@ -111,6 +121,9 @@ def matmul_tiles(x, base_weights, h, b, tiles: Tiles, out, *, pdl=False, block_o
     16 bytes (`readable`); h from `shrink_tiles` of the same x and tiles; b: for each linear [R, O_m]; all of one dtype: bf16, fp16
     or fp32. out [T, O_1 + ... + O_M], rows may lie apart, written whole. Summed in fp32 and rounded once. The remaining keywords
     are block sizes, which default by dtype. No host sync, no allocation: safe inside a CUDA graph.
+
+    pdl: the kernels just ahead in the stream are those of `shrink_tiles(x, ..., pdl=True)`. The sum over features then runs beside them: they
+    let this kernel start only after their own wait, so x is complete; h is waited for.
     """
     base_weights, b = tuple(base_weights), tuple(b)
     _check(x, base_weights, h, b, tiles, out)
@@ -124,7 +137,7 @@ def matmul_tiles(x, base_weights, h, b, tiles: Tiles, out, *, pdl=False, block_o
             x, *descriptors, *[None] * (MOST_LINEARS - len(descriptors)), h, b, out,
             tiles.order, tiles.counts, tiles.blocks, tiles.tokens, x.stride(0), out.stride(0),
             widths=widths, COLUMNS=columns, I=x.shape[1], R=tiles.rank, NUM_BLOCKS=tiles.num_blocks,
-            BLOCK_T=tiles.block_t, BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_R=tiles.block_r, GROUP=group,
+            BLOCK_T=tiles.block_t, BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_R=tiles.block_r, RANKS=max(RANKS, tiles.block_r), GROUP=group,
             EVEN_O=all(width % block_o == 0 for width in widths),
             ALIGNED=all(part.shape[1] * part.element_size() % 16 == 0 and part.data_ptr() % 16 == 0 for part in b),
             STAGES=num_stages, num_warps=8, num_stages=num_stages, **launch_options(pdl),
