@@ -122,8 +122,8 @@ def matmul_tiles(x, base_weights, h, b, tiles: Tiles, out, *, pdl=False, block_o
     or fp32. out [T, O_1 + ... + O_M], rows may lie apart, written whole. Summed in fp32 and rounded once. The remaining keywords
     are block sizes, which default by dtype. No host sync, no allocation: safe inside a CUDA graph.
 
-    pdl: the kernels just ahead in the stream are those of `shrink_tiles(x, ..., pdl=True)`. The sum over features then runs beside them: they
-    let this kernel start only after their own wait, so x is complete; h is waited for.
+    pdl: the kernels just ahead in the stream are those of `shrink_tiles(x, ..., pdl=True)`. The sum over features then runs beside
+    them: they let this kernel start only after their own wait, so x is complete; h is waited for.
     """
     base_weights, b = tuple(base_weights), tuple(b)
     _check(x, base_weights, h, b, tiles, out)
