@@ -93,7 +93,7 @@ def _matmul_kernel(
         if PDL:  # h is there, and y may be written
             tl.extra.cuda.gdc_wait()
         h_row = h + (linear * token_tiles * BLOCK_T + t).to(tl.int64) * (NUM_BLOCKS * BLOCK_R)
-        for start in tl.range(0, needed, RANKS, num_stages=2):
+        for start in tl.range(0, needed, RANKS, num_stages=STAGES):
             n = start + tl.arange(0, RANKS)
             there = n < needed
             if RANKS == BLOCK_R:
