@@ -137,6 +137,64 @@ def domains(rows):
     return [*lines, "", f"{rows[0]['case']['items']} test items a domain, seed {rows[0]['case']['seed']}."]
 
 
+def accuracy(rows):
+    """A line a method, best first: accuracy over domains and seeds, what it costs, and what the best pre-gate is above it."""
+    whole = [row for row in rows if (row["case"]["domain"], row["case"]["seed"]) == ("mean", "all")]
+    lines = [
+        "| method | accuracy, % | parameters, M | active rank | MB a token | to layer-wise | best pre-gate above it | target |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(whole, key=lambda row: -row["mean"]):
+        name, case = row["name"].removeprefix("accuracy/"), row["case"]
+        spread = f" ± {row['std']:.2f}" if row["std"] is not None else ""
+        target = ACCURACY_TARGETS.get(name)
+        lines.append(
+            f"| {name} | {row['mean']:.2f}{spread} | {case['params'] / 1e6:.2f} | {case['active_rank']:g} | "
+            f"{case['bytes_per_token'] / 1e6:.1f} | {_interval(row.get('diff_to_layerwise'))} | "
+            f"{_interval(row.get('diff_of_pregate_best'))} | {'' if target is None else f'low end > {target:g}'} |"
+        )
+    seeds = {row["case"]["seed"] for row in rows} - {"all"}
+    items = next(row["case"]["items"] for row in whole)
+    return [
+        *lines,
+        "",
+        f"Mean over domains and {len(seeds)} seeds ± standard deviation over the seeds, {items} test items. Differences in points: "
+        "middle [95 % interval of a paired bootstrap over seeds and items].",
+    ]
+
+
+def accuracy_domains(rows):
+    """A line a method, a column a domain: mean over the seeds."""
+    found = {(row["name"], row["case"]["domain"]): row for row in rows if row["case"]["seed"] == "all"}
+    domains = list(dict.fromkeys(domain for _, domain in found))
+    names = sorted({name for name, _ in found}, key=lambda name: -found[name, "mean"]["mean"])
+    lines = [f"| method | {' | '.join(domains)} |", "|---|" + "---|" * len(domains)]
+    for name in names:
+        cells = " | ".join(f"{found[name, domain]['mean']:.1f}" for domain in domains)
+        lines.append(f"| {name.removeprefix('accuracy/')} | {cells} |")
+    return lines
+
+
+# What the low end of the interval is held to: of the best pre-gate above a method.
+ACCURACY_TARGETS = {
+    "layerwise": -0.5,
+    "lora_active": 0,
+    "mola_2468": -0.5,
+    "mola_5555": -0.5,
+    "moral": -0.5,
+    "pesc": -0.5,
+    "mixlora": -0.5,
+}
+
+
+def _interval(difference):
+    """[low, mid, high] as text."""
+    if difference is None:
+        return ""
+    low, mid, high = difference
+    return f"{mid:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
 def _mixture(case):
     return f"E {case['num_experts']}, r {case['r']}, K {case['top_k']}, {case['routing']}"
 
@@ -156,6 +214,8 @@ TABLES = {
     "kernels": kernels,
     "kernels.summary": kernels_summary,
     "domains": domains,
+    "accuracy": accuracy,
+    "accuracy.domains": accuracy_domains,
 }
 
 
