@@ -11,7 +11,7 @@ from functools import partial
 
 import record
 import torch
-from kernels import MIXTURES, MODELS, check, free, routing, segments
+from bench_kernels import MIXTURES, MODELS, check, free, routing, segments
 from stack import Adapters, Batch, Stack
 from timing import best_read_times, graph_of, times
 

@@ -1,6 +1,7 @@
 """The kernels' benchmark at toy size, so that it does not rot: each way of running a stack of linears against fp64."""
 
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,14 @@ def test_batches_of_stacks():
 
 
 def test_the_scripts_import():
-    import kernels
+    import bench_kernels as kernels
     import sweep
 
     assert {*kernels.MODELS} <= shapes.SHAPES.keys()
     assert sweep.MODELS is kernels.MODELS
+
+
+def test_no_script_hides_a_package():
+    """Scripts run with their folder in front of the path. transformers imports `kernels` where it finds one, and what else it likes."""
+    scripts = {path.stem for path in Path(shapes.__file__).parent.glob("*.py")}
+    assert not scripts & {*packages_distributions(), *sys.stdlib_module_names, "kernels"}

@@ -247,10 +247,12 @@ def bench(
     """Run a benchmark of the project's repository; further arguments go to it."""
     import runpy
 
-    script = Path("benchmarks") / f"{name}.py"
-    if not script.is_file():
+    # A script whose name is a package's too has the prefix: scripts come before packages on the path.
+    names = (f"{name}.py", f"bench_{name}.py")
+    script = next((path for path in map(Path("benchmarks").joinpath, names) if path.is_file()), None)
+    if script is None:
         raise ValueError(
-            f"{script} is not here; run this in a clone of the repository, whose benchmarks/ holds the scripts"
+            f"{Path('benchmarks') / names[0]} is not here; run this in a clone of the repository, whose benchmarks/ holds the scripts"
         )
     sys.path.insert(0, str(script.parent))
     sys.argv = [str(script), *context.args]
