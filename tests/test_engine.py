@@ -468,12 +468,14 @@ def test_a_model_whose_modules_were_replaced_is_refused():
         engines[1].generate([[1]])
 
 
-def test_a_model_that_switches_is_refused():
+def test_a_model_that_switches_needs_kernels():
     pytest.importorskip("triton")
     model = adapted()
     one = engine(model)
     model.execution = "switch"
-    with pytest.raises(ValueError, match=r'set model.execution = "auto" for the engine'):
+    with pytest.raises(
+        ValueError, match=r'in plain PyTorch; set model.execution = "auto", or make an Engine with kernels'
+    ):
         one.generate([[1]])
     model.execution = "auto"
     assert one.generate([[1]], max_new_tokens=2)[0].ids

@@ -99,6 +99,20 @@ def read_backbone(model) -> Backbone:
     return found
 
 
+@torch.no_grad()
+def addresses(backbone: Backbone, router=None) -> tuple[int, ...]:
+    """Of all weights that a step reads, experts' casts included: a captured step is good while they stay."""
+    modules, banks = [backbone.embeddings, backbone.norm, backbone.head, router], []
+    for block in backbone.blocks:
+        modules += [block.attention_norm, block.mlp_norm, block.q_norm, block.k_norm]
+        for base, bank in (*block.qkv, *block.o, *block.gate_up, *block.down):
+            modules.append(base)
+            banks += [] if bank is None else [bank]
+    tensors = [p for module in modules if module is not None for p in module.parameters()]
+    tensors += [matrix for bank in banks for matrix in bank.matrices(backbone.dtype)]
+    return tuple(tensor.data_ptr() for tensor in tensors)
+
+
 def _base_of(model):
     if isinstance(model, AdaFuseModel):
         return model.get_base_model()
