@@ -1,11 +1,16 @@
-"""Every kernel once, at small and odd sizes: what compute-sanitizer watches. Run by test_gpu_kernels.py, not a test of its own."""
+"""Every kernel once, at small and odd sizes, and a short generation: what compute-sanitizer watches. Run by test_gpu_kernels.py."""
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from adafuse import AdaFuseConfig, AdaFuseModel, Engine
+from adafuse.ops.attend import Heads, Room, attend
 from adafuse.ops.batch import add_delta_tiles, lay_out
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import COPIES, EMPTY, decode, expand, shrink
+from adafuse.ops.norm import add_norm, embed_norm, swiglu
+from adafuse.ops.pick import pick, room
 from adafuse.ops.route import route
 from adafuse.ops.switch import Segment, SwitchTable, switch
 
@@ -75,6 +80,39 @@ def a_route():
     route(h0, torch.randn(21, 9, device="cuda"), experts, weights, **options, **inner)
 
 
+def small_kernels(tokens, hidden, heads, kv_heads, dim, length):
+    residual, y, weight, out = normal(tokens, hidden), normal(tokens, hidden), normal(hidden), normal(tokens, hidden)
+    ids = torch.randint(0, 9, (tokens,), device="cuda")
+    embed_norm(ids, normal(9, hidden), residual, weight, out, eps=1e-6)
+    add_norm(y, residual, weight, out, eps=1e-6, bias=weight)
+    swiglu(normal(tokens, 2 * hidden), out, gate_bias=weight, up_bias=weight)
+    cache, rotary = normal(2, tokens, kv_heads, length, dim), normal(2, length, dim)
+    positions = torch.randint(0, length, (tokens,), device="cuda")
+    given = Heads(*(normal(n * dim) for n in (heads, kv_heads, kv_heads)), normal(dim), normal(dim), 1e-6)
+    attended, place = normal(tokens, heads * dim), Room.make(cache, heads)
+    qkv = normal(tokens, (heads + 2 * kv_heads) * dim)
+    for options in ({}, {"window": 5, "heads": given}):
+        attend(qkv, cache, positions, rotary, attended, place, scaling=0.1, **options)
+    pick(normal(tokens, 5001), ids, ids.clone(), room(tokens, 5001, "cuda"), positions=positions, advance=ids, last=9)
+
+
+def a_generation():
+    """Of a tiny adapted model, prompts of two lengths in a batch; then one prompt alone, sampled."""
+    base = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 97,
+    }
+    model = AdaFuseModel(
+        LlamaForCausalLM(LlamaConfig(**base, num_key_value_heads=2)), AdaFuseConfig(r=2, num_experts=4)
+    )
+    engine = Engine(model.to("cuda", torch.bfloat16), max_seq_len=64, max_batch=2, prefill_chunk=16)
+    engine.generate([[1, 2, 3], list(range(30))], max_new_tokens=4, eos_token_id=())
+    engine.generate([[1, 2, 3]], max_new_tokens=4, eos_token_id=(), temperature=1.0, repetition_penalty=1.1)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     a_decode(1, 64, (32, 16), 8, 4, 2, 0)
@@ -86,4 +124,7 @@ if __name__ == "__main__":
     a_crowd(130, 256, (128,), 8, 16)
     a_switch()
     a_route()
+    small_kernels(2, 63, 6, 2, 8, 90)
+    small_kernels(1, 256, 4, 4, 128, 200)
+    a_generation()
     torch.cuda.synchronize()

@@ -160,7 +160,7 @@ def test_switched_weights_give_the_same_tokens(source, adapter):
         assert one.generate([ids], max_new_tokens=3)[0].ids == generated(a_model(), ids, 3)
     model.execution = "auto"
     for name, tensor in model.get_base_model().state_dict().items():
-        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0 if source == "pristine" else 1e-5)
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0 if source == "pristine" else 1e-4)
     assert one.generate([ids], max_new_tokens=len(wanted))[0].ids == wanted
 
 

@@ -14,7 +14,6 @@ from torch import nn
 from adafuse.engine.backbone import Backbone, Block
 from adafuse.engine.linears import Gate, Linear
 from adafuse.ops.attend import MAX_GROUP, MAX_HEAD_DIM, Heads, Room, attend
-from adafuse.ops.chosen import Chosen
 from adafuse.ops.decode import COPIES, EMPTY, MAX_FEATURES, MAX_TOKENS, decode
 from adafuse.ops.norm import MAX_HIDDEN, add_norm, embed_norm, swiglu
 from adafuse.ops.pick import pick, room
@@ -126,14 +125,16 @@ class Step:
         )
         self.gate.written = plan
         if self.switcher is not None:
-            merge(self.switcher, plan)
+            self._merge(plan)
+
+    def _merge(self, plan):
+        merge(self.switcher, plan)
 
     def _block(self, index, block: Block, after, positions, pdl):
-        runs = self.blocks[index]
         # What was launched last wrote the plan (or, switching, the weights): see the rules in docs/kernels.md.
         first = index == 0 and self.gate is not None
         merged = first and self.switcher is not None
-        self._linears(runs["qkv"], self.x, self.qkv, index, after_plan=first and not merged, pdl=pdl and not merged)
+        self._linears(index, "qkv", self.x, self.qkv, after_plan=first and not merged, pdl=pdl and not merged)
         attend(
             self.qkv,
             self.cache[index],
@@ -146,31 +147,28 @@ class Step:
             heads=_heads(block),
             pdl=pdl,
         )
-        self._linears(runs["o"], self.attended, self.y, index, pdl=pdl)
+        self._linears(index, "o", self.attended, self.y, pdl=pdl)
         self._add_norm(block.o[0], block.mlp_norm, pdl)
-        self._linears(runs["gate_up"], self.x, self.gate_up, index, pdl=pdl)
+        self._linears(index, "gate_up", self.x, self.gate_up, pdl=pdl)
         biases = (linear.base.bias for linear in block.gate_up)
         swiglu(self.gate_up, self.inner, **dict(zip(("gate_bias", "up_bias"), biases, strict=True)), pdl=pdl)
-        self._linears(runs["down"], self.inner, self.y, index, pdl=pdl)
+        self._linears(index, "down", self.inner, self.y, pdl=pdl)
         self._add_norm(block.down[0], after, pdl)
 
     def _add_norm(self, linear, norm, pdl):
         eps = norm.variance_epsilon
         add_norm(self.y, self.residual, norm.weight, self.x, eps=eps, bias=linear.base.bias, pdl=pdl)
 
-    def _linears(self, runs, x, out, index, *, after_plan=False, pdl):
-        for run in runs:
+    def _linears(self, index, name, x, out, *, after_plan=False, pdl):
+        for run in self.blocks[index][name]:
             weights = [linear.base.weight for linear in run.linears]
             mixture = {}
             if run.h is not None:
                 matrices = [linear.bank.matrices(x.dtype) for linear in run.linears]
                 banks_a, banks_b = zip(*matrices, strict=True)
-                mixture = {"banks_a": banks_a, "banks_b": banks_b, "chosen": self._chosen(index), "h": run.h}
+                mixture = {"banks_a": banks_a, "banks_b": banks_b, "chosen": self.chosen[index], "h": run.h}
             decode(x, weights, out[:, run.columns], **mixture, after_plan=after_plan, pdl=pdl)
             after_plan = False
-
-    def _chosen(self, index) -> Chosen:
-        return self.chosen[index]
 
     def pick(self, picked, tokens, **moves):
         """The likeliest tokens of the logits; moves: `positions`, `advance`, `last`, `pdl` of `ops.pick`."""

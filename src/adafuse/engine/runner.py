@@ -63,6 +63,8 @@ class Runner:
         name = (padded, adapted, sampler.plain)
         if name not in self._graphs:
             self.start_steps()
+            if self.kernels:
+                self._kernel_step(padded, adapted)  # its buffers, outside the capture
             count = sampler.count.clone()
             self._graphs.capture(name, lambda: self._step(padded, adapted, sampler))
             sampler.count.copy_(count)
