@@ -135,6 +135,15 @@ class Step:
         first = index == 0 and self.gate is not None
         merged = first and self.switcher is not None
         self._linears(index, "qkv", self.x, self.qkv, after_plan=first and not merged, pdl=pdl and not merged)
+        self._attend(index, block, positions, pdl)
+        self._linears(index, "o", self.attended, self.y, pdl=pdl)
+        self._add_norm(block.o[0], block.mlp_norm, pdl)
+        self._linears(index, "gate_up", self.x, self.gate_up, pdl=pdl)
+        self._activate(block, pdl)
+        self._linears(index, "down", self.inner, self.y, pdl=pdl)
+        self._add_norm(block.down[0], after, pdl)
+
+    def _attend(self, index, block, positions, pdl):
         attend(
             self.qkv,
             self.cache[index],
@@ -147,13 +156,10 @@ class Step:
             heads=_heads(block),
             pdl=pdl,
         )
-        self._linears(index, "o", self.attended, self.y, pdl=pdl)
-        self._add_norm(block.o[0], block.mlp_norm, pdl)
-        self._linears(index, "gate_up", self.x, self.gate_up, pdl=pdl)
-        biases = (linear.base.bias for linear in block.gate_up)
-        swiglu(self.gate_up, self.inner, **dict(zip(("gate_bias", "up_bias"), biases, strict=True)), pdl=pdl)
-        self._linears(index, "down", self.inner, self.y, pdl=pdl)
-        self._add_norm(block.down[0], after, pdl)
+
+    def _activate(self, block, pdl):
+        gate, up = (linear.base.bias for linear in block.gate_up)
+        swiglu(self.gate_up, self.inner, gate_bias=gate, up_bias=up, pdl=pdl)
 
     def _add_norm(self, linear, norm, pdl):
         eps = norm.variance_epsilon
