@@ -7,7 +7,8 @@ import gc
 
 import pytest
 import torch
-from engine_models import adapted
+from engine_models import adapted, generated, prompt
+from families import family, fill
 from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("triton")
@@ -67,6 +68,26 @@ def test_plain_pytorch_in_a_graph_is_the_eager_step(model):
     captured = engine(model, kernels=False).generate(prompts(40, 7), **options)
     eager = engine(model, kernels=False, graphs=False).generate(prompts(40, 7), **options)
     assert [each.ids for each in captured] == [each.ids for each in eager]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt2", "opt-projected"])
+@pytest.mark.parametrize("execution", ["reference", "fused"])
+def test_another_family_in_a_graph_is_the_eager_step(name, execution):
+    other = AdaFuseModel(family(name).build(), AdaFuseConfig(r=2, num_experts=4, routing="layer"))
+    fill(other)
+    other.cuda().eval().execution = execution
+    ids, options = (
+        [prompt(20), prompt(5, 1), prompt(33, 2)],
+        {"max_new_tokens": 30, "eos_token_id": (), "return_routing": True},
+    )
+    captured = Engine(other, max_seq_len=64, max_batch=4).generate(ids, **options)
+    eager = Engine(other, max_seq_len=64, max_batch=4, graphs=False).generate(ids, **options)
+    for mine, theirs in zip(captured, eager, strict=True):
+        assert mine.ids == theirs.ids == generated(other, mine.prompt_ids, 30)
+        assert torch.equal(mine.routing.experts, theirs.routing.experts)
+        assert torch.equal(
+            mine.routing.experts, other.route(torch.tensor([mine.prompt_ids + mine.ids[:-1]]).cuda()).experts[0]
+        )
 
 
 def test_one_engine_serves_batches_settings_and_weights_in_turn(model):

@@ -69,7 +69,7 @@ def read_backbone(model) -> Backbone:
 
     ValueError for what the engine does not run: another family, a model without the family's modules, one spread over devices.
     """
-    base = _base_of(model)
+    base = base_of(model)
     config = base.config
     if config.model_type not in MODEL_TYPES:
         raise ValueError(
@@ -78,7 +78,7 @@ def read_backbone(model) -> Backbone:
         )
     decoder, (_, blocks) = base.get_decoder(), find_blocks(base)
     _check_structure(base, decoder, blocks)
-    _check_one_device(model)
+    check_one_device(model)
     attention = blocks[0].self_attn
     found = Backbone(
         embeddings=base.get_input_embeddings(),
@@ -113,7 +113,8 @@ def addresses(backbone: Backbone, router=None) -> tuple[int, ...]:
     return tuple(tensor.data_ptr() for tensor in tensors)
 
 
-def _base_of(model):
+def base_of(model):
+    """The HuggingFace model of an AdaFuseModel, or the bare one itself; ValueError for what is neither."""
     if isinstance(model, AdaFuseModel):
         return model.get_base_model()
     check_causal_lm(model)
@@ -159,7 +160,8 @@ def _check_structure(base, decoder, blocks):
         )
 
 
-def _check_one_device(model):
+def check_one_device(model):
+    """ValueError for a model that is spread over devices."""
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or next(iter(devices)).type == "meta":
         raise ValueError(

@@ -9,7 +9,8 @@ from contextlib import closing
 
 import torch
 
-from adafuse.engine.backbone import addresses, read_backbone
+from adafuse.engine.backbone import MODEL_TYPES, addresses, base_of, read_backbone
+from adafuse.engine.generic import HfRunner, addresses_of, read_whole
 from adafuse.engine.linears import Gate
 from adafuse.engine.readback import Readback
 from adafuse.engine.record import Record
@@ -50,21 +51,32 @@ class Engine:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: allowed is a whole number, 1 or more")
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
-        self._backbone = read_backbone(model)
+        self._backbone = self._read_model()
         self.max_seq_len = min(max_seq_len, self._backbone.max_positions)
-        gate = None
-        if isinstance(model, AdaFuseModel):
-            gate = Gate(model.router, model.adafuse_config, len(self._backbone.blocks))
         on_gpu = self._backbone.device.type == "cuda"
-        self._kernels, graphs = (on_gpu if each is None else each for each in (kernels, graphs))
+        own = self._runs_blocks()
+        self._kernels, graphs = (
+            on_gpu if each is None else each for each in (kernels if own else kernels or False, graphs)
+        )
+        gate = None
+        if own and isinstance(model, AdaFuseModel):
+            gate = Gate(model.router, model.adafuse_config, len(self._backbone.blocks))
         self._check_ways(gate, graphs, on_gpu)
         sizes = {"max_seq_len": self.max_seq_len, "max_batch": max_batch, "chunk": prefill_chunk}
-        self._runner = Runner(self._backbone, gate, **sizes, kernels=self._kernels, graphs=graphs)
+        runner = Runner if own else HfRunner
+        self._runner = runner(self._backbone, gate, **sizes, kernels=self._kernels, graphs=graphs)
         self._limits = Limits(self.max_seq_len, max_batch, self._backbone.vocab_size)
         self._readback = Readback(max_batch, self._backbone.device)
         # On a GPU a step is queued before the host has read the token of the one before it.
         self._ahead = 1 if on_gpu else 0
         self._busy = threading.Lock()
+
+    def _runs_blocks(self) -> bool:
+        """Whether the engine runs the blocks itself; other families by their own forward."""
+        return base_of(self.model).config.model_type in MODEL_TYPES
+
+    def _read_model(self):
+        return read_backbone(self.model) if self._runs_blocks() else read_whole(self.model)
 
     def _check_ways(self, gate, graphs, on_gpu):
         for name, value in (("kernels", self._kernels), ("graphs", graphs)):
@@ -73,6 +85,11 @@ class Engine:
         if graphs and not on_gpu:
             raise ValueError(
                 f"graphs=True captures CUDA graphs, and the model is on {self._backbone.device}; move it to a GPU"
+            )
+        if self._kernels and not self._runs_blocks():
+            raise ValueError(
+                f'kernels=True is for models of type {", ".join(MODEL_TYPES)}; leave it out, and set model.execution = "fused" for the '
+                "adapter's kernels"
             )
         if self._kernels:
             check_available("fused", self._backbone.device)
@@ -143,7 +160,7 @@ class Engine:
         return read_requests(prompts, settings, limits=self._limits, tokenizer=self.tokenizer, ends=ends, stop=stop)
 
     def _base(self):
-        return self.model.get_base_model() if isinstance(self.model, AdaFuseModel) else self.model
+        return base_of(self.model)
 
     def _record(self, logprobs, routing):
         count = self._runner.logits.shape[1]
@@ -205,6 +222,8 @@ class Engine:
         """Looked at where steps are kept from one generation to the next."""
         if not self._kernels and not self._runner.captures:
             return ()
+        if not self._runs_blocks():
+            return addresses_of(self.model, self._backbone.dtype)
         return addresses(self._backbone, self.model.router if isinstance(self.model, AdaFuseModel) else None)
 
     def _append(self, row, sequence, token) -> str:
@@ -223,13 +242,16 @@ class Engine:
 
     def _prepare(self, rows) -> bool:
         """Look at the model as it is now. Returns whether experts take part."""
-        if read_backbone(self.model) != self._backbone:
+        if self._read_model() != self._backbone:
             raise ValueError("modules of the model were replaced since the engine was made; make a new Engine for it")
-        if (self._backbone.dtype, self._backbone.device) != (self._runner.cache.dtype, self._runner.cache.device):
+        known = self._runner.logits
+        if (self._backbone.dtype, self._backbone.device) != (known.dtype, known.device):
             raise ValueError(
-                f"the model was moved or cast ({self._runner.cache.dtype} on {self._runner.cache.device} before, {self._backbone.dtype} on "
+                f"the model was moved or cast ({known.dtype} on {known.device} before, {self._backbone.dtype} on "
                 f"{self._backbone.device} now); make a new Engine for it"
             )
+        if not self._runs_blocks() and self.model.training:
+            raise ValueError("a model that is not of the engine's own families runs as it is: call model.eval() first")
         if self._kernels:
             self._check_kernels(self._runner.gate)
         adapted = self._adapted()
@@ -245,7 +267,7 @@ class Engine:
     def _check_switch(self, rows):
         if self.model.execution != "switch":
             return
-        if not self._kernels:
+        if not self._kernels and self._runs_blocks():
             raise ValueError(
                 'execution="switch" merges experts by a kernel, and this engine computes in plain PyTorch; set model.execution = "auto", '
                 "or make an Engine with kernels=True"

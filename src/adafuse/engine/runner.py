@@ -27,21 +27,25 @@ class Runner:
         self, backbone: Backbone, gate: Gate | None, *, max_seq_len: int, max_batch: int, chunk: int, kernels=False, graphs=False
     ):  # fmt: skip
         self.backbone, self.gate, self.chunk, self.kernels = backbone, gate, min(chunk, max_seq_len), kernels
-        length = -(-max_seq_len // self.chunk) * self.chunk
+        self.length = -(-max_seq_len // self.chunk) * self.chunk
         dtype, device = backbone.dtype, backbone.device
-        shape = (len(backbone.blocks), 2, max_batch, backbone.num_kv_heads, length, backbone.head_dim)
-        # Zeros: attention gives what lies past a sequence the weight 0, which would not hide a NaN.
-        self.cache = torch.zeros(shape, dtype=dtype, device=device)
         self.tokens, self.picked, self.positions, self.advance = torch.zeros(
             4, max_batch, dtype=torch.int64, device=device
         )
         self._part = torch.zeros(2, 1, self.chunk, dtype=torch.int64, device=device)  # tokens and positions of a chunk
-        with torch.no_grad():
-            self.rotary = rotary_table(backbone.rotary, length, dtype).to(device)
         self.logits = torch.zeros(max_batch, backbone.head.out_features, dtype=dtype, device=device)
+        self._make_cache(max_batch)
         self._max_seq_len, self._steps, self._samplers = max_seq_len, {}, {}
         self._graphs = Graphs(device) if graphs else None
         self._state, self._switcher = None, None
+
+    @torch.no_grad()
+    def _make_cache(self, max_batch):
+        backbone, dtype, device = self.backbone, self.backbone.dtype, self.backbone.device
+        shape = (len(backbone.blocks), 2, max_batch, backbone.num_kv_heads, self.length, backbone.head_dim)
+        # Zeros: attention gives what lies past a sequence the weight 0, which would not hide a NaN.
+        self.cache = torch.zeros(shape, dtype=dtype, device=device)
+        self.rotary = rotary_table(backbone.rotary, self.length, dtype).to(device)
 
     # --- a generation ------------------------------------------------------------------------------------------------
 
@@ -121,10 +125,11 @@ class Runner:
             tokens, positions = self._part[:, :, :size]
             tokens.copy_(torch.tensor([part + part[-1:] * (size - len(part))]))
             torch.arange(start, start + size, out=positions[0])
-            hidden = self._forward(tokens, positions, self.cache[:, :, row : row + 1, :, : start + size], adapted)
+            # Logits of the chunk's last token; those of the last chunk count.
+            last = len(part) - 1
+            self.logits[row].copy_(self._forward(tokens, positions, row, start + size, adapted, last))
             if routings is not None:
-                routings.append(self.gate.last(len(part)))
-        self.logits[row].copy_(self.backbone.head(hidden[len(part) - 1]))
+                routings.append(self._routing(len(part)))
         self.positions[row], self.advance[row] = len(ids), 1
 
     @torch.no_grad()
@@ -144,15 +149,14 @@ class Runner:
         else:
             self._step(padded, adapted, sampler)
         if routings is not None:
-            routings.append(self.gate.last(rows))
+            routings.append(self._routing(rows))
 
     def _step(self, rows, adapted, sampler):
         tokens, positions = self.tokens[:rows], self.positions[:rows]
         if self.kernels:
             self._step_on_kernels(rows, adapted, sampler, tokens, positions)
             return
-        hidden = self._forward(tokens[:, None], positions[:, None], self.cache[:, :, :rows], adapted)
-        self.logits[:rows].copy_(self.backbone.head(hidden))
+        self.logits[:rows].copy_(self._forward(tokens[:, None], positions[:, None], 0, self.length, adapted))
         self._advance(positions)
         if sampler is not None:
             self.sample(sampler)
@@ -162,7 +166,7 @@ class Runner:
         step = self._kernel_step(rows, adapted)
         step.run(tokens, positions, pdl=pdl)
         if sampler is not None and sampler.plain:
-            moves = {"positions": positions, "advance": self.advance[:rows], "last": self.cache.shape[-2] - 1}
+            moves = {"positions": positions, "advance": self.advance[:rows], "last": self.length - 1}
             step.pick(self.picked[:rows], tokens, **moves, pdl=pdl)
             return
         self._advance(positions)
@@ -181,7 +185,7 @@ class Runner:
 
     def _advance(self, positions):
         """A row that has ended may be a step ahead of what the host knows: it stays within the cache."""
-        positions.add_(self.advance[: len(positions)]).clamp_(max=self.cache.shape[-2] - 1)
+        positions.add_(self.advance[: len(positions)]).clamp_(max=self.length - 1)
 
     def halt(self, row: int):
         """The sequence of a row has ended: further steps leave it where it is."""
@@ -191,7 +195,15 @@ class Runner:
         """Clear the cache: of numbers that are not finite a later sequence would not be rid otherwise."""
         self.cache.zero_()
 
-    def _forward(self, tokens, positions, cache, adapted):
+    def _forward(self, tokens, positions, row, length, adapted, last=None):
+        """Logits of tokens [B, S], the rows of the batch from `row` on, against `length` positions of the cache: [B S, V]; or, of
+        one row, those of token `last` [V]."""
+        cache = self.cache[:, :, row : row + len(tokens), :, :length]
         # Autocast would give the cache another dtype than it has.
         with torch.autocast(tokens.device.type, enabled=False):
-            return forward(self.backbone, self.gate if adapted else None, tokens, positions, cache, self.rotary)
+            hidden = forward(self.backbone, self.gate if adapted else None, tokens, positions, cache, self.rotary)
+            return self.backbone.head(hidden if last is None else hidden[last])
+
+    def _routing(self, tokens):
+        """A copy of the routing of the first `tokens` tokens of the last forward."""
+        return self.gate.last(tokens)
