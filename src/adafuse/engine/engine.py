@@ -22,6 +22,23 @@ from adafuse.execution import check_available
 from adafuse.model import AdaFuseModel
 
 
+class Stream(Iterator[str]):
+    """Pieces of a text as they come. ids: the tokens so far. The engine is free again after the last piece, or close()."""
+
+    def __init__(self, pieces, sequence):
+        self._pieces, self._sequence = pieces, sequence
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self):
+        self._pieces.close()
+
+    @property
+    def ids(self) -> list[int]:
+        return list(self._sequence.ids)
+
+
 class Engine:
     """Decoding of `model` with buffers that are made once: a KV cache of max_batch sequences of max_seq_len tokens.
 
@@ -138,7 +155,7 @@ class Engine:
                 pass
         return [sequence.result(*record.of(row, sequence)) for row, sequence in enumerate(sequences)]
 
-    def stream(self, prompt, *, stop=(), eos_token_id=None, **settings) -> Iterator[str]:
+    def stream(self, prompt, *, stop=(), eos_token_id=None, **settings) -> Stream:
         """The text of one prompt (a string or token ids) in pieces, as soon as they are certain; none is half a character.
 
         settings: those of `Sampling`, as in `generate`. Needs a tokenizer. Checked at once; the engine is in use from the first piece until
@@ -147,7 +164,7 @@ class Engine:
         if self.tokenizer is None:
             raise ValueError("stream yields text, and the engine has no tokenizer; pass Engine(..., tokenizer=...)")
         (sequence,) = self._read([prompt], settings, stop, eos_token_id)
-        return self._pieces(sequence)
+        return Stream(self._pieces(sequence), sequence)
 
     def _pieces(self, sequence):
         with closing(self._run([sequence], Record())) as tokens:
