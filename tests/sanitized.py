@@ -1,9 +1,7 @@
-"""Every kernel once, at small and odd sizes, and a short generation: what compute-sanitizer watches. Run by test_gpu_kernels.py."""
+"""Every kernel once, at small and odd sizes: what compute-sanitizer watches. Run by test_gpu_kernels.py."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from adafuse import AdaFuseConfig, AdaFuseModel, Engine
 from adafuse.ops.attend import Heads, Room, attend
 from adafuse.ops.batch import add_delta_tiles, lay_out
 from adafuse.ops.chosen import Chosen
@@ -96,23 +94,6 @@ def small_kernels(tokens, hidden, heads, kv_heads, dim, length):
     pick(normal(tokens, 5001), ids, ids.clone(), room(tokens, 5001, "cuda"), positions=positions, advance=ids, last=9)
 
 
-def a_generation():
-    """Of a tiny adapted model, prompts of two lengths in a batch; then one prompt alone, sampled."""
-    base = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 97,
-    }
-    model = AdaFuseModel(
-        LlamaForCausalLM(LlamaConfig(**base, num_key_value_heads=2)), AdaFuseConfig(r=2, num_experts=4)
-    )
-    engine = Engine(model.to("cuda", torch.bfloat16), max_seq_len=64, max_batch=2, prefill_chunk=16)
-    engine.generate([[1, 2, 3], list(range(30))], max_new_tokens=4, eos_token_id=())
-    engine.generate([[1, 2, 3]], max_new_tokens=4, eos_token_id=(), temperature=1.0, repetition_penalty=1.1)
-
-
 if __name__ == "__main__":
     torch.manual_seed(0)
     a_decode(1, 64, (32, 16), 8, 4, 2, 0)
@@ -126,5 +107,4 @@ if __name__ == "__main__":
     a_route()
     small_kernels(2, 63, 6, 2, 8, 90)
     small_kernels(1, 256, 4, 4, 128, 200)
-    a_generation()
     torch.cuda.synchronize()

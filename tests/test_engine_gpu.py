@@ -63,6 +63,21 @@ def test_a_replayed_graph_is_the_eager_step(model, lengths, settings):
     assert len({token for each in captured for token in each.ids}) > 10
 
 
+def test_in_bf16_texts_part_only_where_the_top_two_are_within_rounding(model):
+    for ids in prompts(100, 30, 7):
+        mine, theirs = (
+            engine(model).generate([ids], max_new_tokens=100, eos_token_id=())[0].ids,
+            generated(model, ids, 100),
+        )
+        place = next((n for n, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]), None)
+        if place is not None:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids + mine[:place]], device="cuda")).logits[0, -1].float()
+            best, second = logits.topk(2).values
+            assert best - second < 8 * 2**-8 * logits.abs().max()
+            assert {mine[place], theirs[place]} <= set(logits.topk(4).indices.tolist())
+
+
 def test_plain_pytorch_in_a_graph_is_the_eager_step(model):
     options = {"max_new_tokens": 30, "eos_token_id": ()}
     captured = engine(model, kernels=False).generate(prompts(40, 7), **options)

@@ -3,7 +3,7 @@
 A program takes the heads that share a key-value head of one sequence, and a part of its keys ("flash-decoding"): as many parts
 whatever the length, so that one CUDA graph serves all lengths; the keys are divided evenly among them on the device. The
 last part to finish merges what the others found. Keys and values of earlier tokens were written in earlier steps: their first
-tile is on its way to the registers before the program waits for the queries.
+tiles are on their way to the registers before the program waits for the queries.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from adafuse.ops.launch import dot, launch_options, processors
 MAX_GROUP = 16  # heads of a key-value head: rows of a tensor core's tile
 MAX_HEAD_DIM = 256
 MAX_PARTS = 32
-PROGRAMS = 3  # of a processor: 161 registers a thread leave room for so many
+PROGRAMS = 3  # of a processor, wanted
+REGISTERS = (
+    168  # a thread, which leaves room for so many: 5 of 128-wide heads go to memory, of the 209 that it would take
+)
 
 
 class Heads(NamedTuple):
@@ -42,11 +45,11 @@ class Room(NamedTuple):
 
     @classmethod
     def make(cls, cache, heads) -> Room:
-        """Room for `heads` heads on such a cache: parts enough to fill the device, none without a tile of keys."""
+        """Room for `heads` heads on such a cache: parts enough to fill the device, none without two tiles of keys."""
         _, tokens, kv_heads, length, head_dim = cache.shape
         device = cache.device
         places = PROGRAMS * processors(cache)
-        parts = max(1, min(places // (tokens * kv_heads), triton.cdiv(length, _keys(cache)), MAX_PARTS))
+        parts = max(1, min(places // (tokens * kv_heads), triton.cdiv(length, 2 * _keys(cache)), MAX_PARTS))
         partial = torch.zeros(tokens, kv_heads, parts, heads // kv_heads + 2, head_dim, device=device)
         return cls(partial, torch.zeros(tokens, kv_heads, dtype=torch.int32, device=device))
 
@@ -106,6 +109,12 @@ def _turned(
 
 
 @triton.jit
+def _tile(keys, values, places, there, real):
+    mask = there[:, None] & real[None, :]
+    return tl.load(keys + places, mask=mask, other=0.0), tl.load(values + places, mask=mask, other=0.0)
+
+
+@triton.jit
 def _attend_kernel(
     qkv,
     cache,
@@ -151,8 +160,9 @@ def _attend_kernel(
     at = tl.load(positions + token).to(tl.int32)
     at = tl.minimum(at, length - 1)
     first = tl.maximum(at - window + 1, 0) if WINDOW else 0
-    per = tl.cdiv(tl.cdiv(at - first, PARTS), BLOCK_N) * BLOCK_N
-    active = tl.maximum(tl.cdiv(at - first, tl.maximum(per, 1)), 1)  # parts that have something to do
+    # Two tiles at least: fewer programs leave room for the linears behind them, which fetch their weights meanwhile.
+    per = tl.maximum(tl.cdiv(tl.cdiv(at - first, PARTS), BLOCK_N), 2) * BLOCK_N
+    active = tl.maximum(tl.cdiv(at - first, per), 1)  # parts that have something to do
     if part >= active:  # it reads and writes nothing, so it need not wait; others do
         return
     start = first + part * per
@@ -162,9 +172,9 @@ def _attend_kernel(
     keys = cache + token.to(tl.int64) * stride_row + kv.to(tl.int64) * length * D
     values = keys + stride_part
     places = (start + n)[:, None] * D + d[None, :]
-    mask = (start + n < end)[:, None] & real[None, :]
-    k = tl.load(keys + places, mask=mask, other=0.0)
-    v = tl.load(values + places, mask=mask, other=0.0)
+    k, v = _tile(keys, values, places, start + n < end, real)
+    places += BLOCK_N * D
+    next_k, next_v = _tile(keys, values, places, start + BLOCK_N + n < end, real)
     cos = tl.load(rotary + at * D + d, mask=real, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(rotary + stride_sin + at * D + d, mask=real, other=0.0).to(tl.float32)[None, :]
     if PDL:
@@ -182,12 +192,6 @@ def _attend_kernel(
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for now in tl.range(start, end, BLOCK_N):
-        # The next tile is asked for before this one is used.
-        coming = now + BLOCK_N + n
-        places += BLOCK_N * D
-        mask = (coming < end)[:, None] & real[None, :]
-        next_k = tl.load(keys + places, mask=mask, other=0.0)
-        next_v = tl.load(values + places, mask=mask, other=0.0)
         scores = dot(q, tl.trans(k), tl.zeros([BLOCK_G, BLOCK_N], tl.float32)) * (scaling * LOG2E)
         scores = tl.where((now + n < end)[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
@@ -197,6 +201,8 @@ def _attend_kernel(
         acc = dot(p.to(dtype), v, acc * shrunk[:, None])
         top = higher
         k, v = next_k, next_v
+        places += BLOCK_N * D
+        next_k, next_v = _tile(keys, values, places, now + 2 * BLOCK_N + n < end, real)
 
     if part == active - 1:  # the token's own key and value
         ours = kv * D + d[None, :]
@@ -299,7 +305,7 @@ def attend(
             NORM=heads.q_norm is not None,
             WINDOW=window is not None,
             num_warps=4,
-            **launch_options(pdl),
+            **launch_options(pdl, maxnreg=REGISTERS if cache.element_size() == 2 else None),
         )
     return out
 
