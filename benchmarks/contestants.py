@@ -38,7 +38,7 @@ class HfRun:
             self.forward = torch.compile(model, dynamic=False, mode=compile_mode)
         self.step = self._step
         if how != "eager" and ids.is_cuda:
-            self.step = graph_of(self._step).replay
+            self.step = graph_of(self._step, warmup=3).replay
             self._back_to(length)
 
     def _step(self):
@@ -145,9 +145,10 @@ class MergePerMatrix(Step):
         ]
 
     def _merge(self, plan):
+        found = [plan.of_block(decision).chosen for decision in range(len(plan.experts))]
+        found = [(chosen.rows()[0], chosen.scales()[0]) for chosen in found]
         for index, block in enumerate(self.copies):
-            chosen = plan.of_block(index).chosen
-            rows, scales = chosen.rows()[0], chosen.scales()[0]
+            rows, scales = found[index if len(found) > 1 else 0]
             for linear, copy in block:
                 a, b = linear.bank.matrices(copy.dtype)
                 left = (b[rows] * scales[:, None]).to(copy.dtype)

@@ -34,7 +34,7 @@ def model():
     torch.manual_seed(0)
     shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "vocab_size": VOCAB}
     heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 2048}
-    base = LlamaForCausalLM(LlamaConfig(**shape, **heads))
+    base = LlamaForCausalLM(LlamaConfig(**shape, **heads, eos_token_id=None, bos_token_id=None))
     found = AdaFuseModel(base, AdaFuseConfig(r=16, num_experts=8, routing="layer", shared_rank=4))
     for bank in found.banks.values():
         torch.nn.init.normal_(bank.b, std=0.05)
