@@ -188,9 +188,21 @@ def _attend_kernel(
     q = _turned(
         x, q_bias, q_norm, heads + d[None, :], heads + other[None, :], inside, cos, sin, eps, D, BIAS, NORM, dtype
     )
-    top = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    # The token's own key and value, with which the last part begins.
+    ours, last = kv * D + d[None, :], part == active - 1
+    own = _turned(
+        x + HEADS * D, k_bias, k_norm, ours, kv * D + other[None, :], real[None, :], cos, sin, eps, D, BIAS, NORM, dtype
+    )
+    own_v = tl.load(x + (HEADS + KV_HEADS) * D + ours, mask=real[None, :], other=0.0)
+    if BIAS:
+        bias = tl.load(v_bias + ours, mask=real[None, :], other=0.0)
+        own_v = (own_v.to(tl.float32) + bias.to(tl.float32)).to(dtype)
+    tl.store(keys + at * D + d[None, :], own, mask=real[None, :] & last)
+    tl.store(values + at * D + d[None, :], own_v, mask=real[None, :] & last)
+    score = tl.sum(q.to(tl.float32) * own.to(tl.float32), 1) * (scaling * LOG2E)
+    top = tl.where(last, score, float("-inf"))
+    total = tl.where(last, 1.0, tl.zeros([BLOCK_G], tl.float32))
+    acc = tl.where(last, own_v.to(tl.float32), tl.zeros([BLOCK_G, BLOCK_D], tl.float32))
     for now in tl.range(start, end, BLOCK_N):
         scores = dot(q, tl.trans(k), tl.zeros([BLOCK_G, BLOCK_N], tl.float32)) * (scaling * LOG2E)
         scores = tl.where((now + n < end)[None, :], scores, float("-inf"))
@@ -203,24 +215,6 @@ def _attend_kernel(
         k, v = next_k, next_v
         places += BLOCK_N * D
         next_k, next_v = _tile(keys, values, places, now + 2 * BLOCK_N + n < end, real)
-
-    if part == active - 1:  # the token's own key and value
-        ours = kv * D + d[None, :]
-        own = _turned(
-            x + HEADS * D, k_bias, k_norm, ours, kv * D + other[None, :], real[None, :], cos, sin, eps, D, BIAS, NORM, dtype
-        )  # fmt: skip
-        own_v = tl.load(x + (HEADS + KV_HEADS) * D + ours, mask=real[None, :], other=0.0)
-        if BIAS:
-            bias = tl.load(v_bias + ours, mask=real[None, :], other=0.0)
-            own_v = (own_v.to(tl.float32) + bias.to(tl.float32)).to(dtype)
-        tl.store(keys + at * D + d[None, :], own, mask=real[None, :])
-        tl.store(values + at * D + d[None, :], own_v, mask=real[None, :])
-        score = tl.sum(q.to(tl.float32) * own.to(tl.float32), 1) * (scaling * LOG2E)
-        higher = tl.maximum(top, score)
-        shrunk, p = tl.exp2(top - higher), tl.exp2(score - higher)
-        total = total * shrunk + p
-        acc = acc * shrunk[:, None] + p[:, None] * own_v.to(tl.float32)
-        top = higher
 
     # Of each part: G rows of acc, then the row of the maxima and that of the sums.
     ROWS: tl.constexpr = (G + 2) * D
