@@ -21,9 +21,7 @@ MAX_GROUP = 16  # heads of a key-value head: rows of a tensor core's tile
 MAX_HEAD_DIM = 256
 MAX_PARTS = 32
 PROGRAMS = 3  # of a processor, wanted
-REGISTERS = (
-    168  # a thread, which leaves room for so many: 5 of 128-wide heads go to memory, of the 209 that it would take
-)
+REGISTERS = 168  # of a thread, the most that leaves room for so many; none go to memory
 
 
 class Heads(NamedTuple):
