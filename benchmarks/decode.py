@@ -13,6 +13,7 @@ next. Rows are written only if their logits are right.
 import argparse
 import gc
 import json
+import statistics
 import time
 from fnmatch import fnmatch
 from functools import partial
@@ -66,7 +67,7 @@ class Bench:
         self.ids = torch.randint(0, shape["vocab_size"], (batch, context), generator=generator).to(device)
         self.router = torch.randn(EXPERTS, shape["hidden_size"], generator=generator).to(device)
         self.forced = forced_tokens(self.backbone.embeddings, self.router, batch, self.new, generator)
-        self.rows, self.logits = {}, {}
+        self.rows, self.samples, self.logits = {}, {}, {}
 
     def wants(self, name):
         if not any(fnmatch(name, pattern) for pattern in self.only):
@@ -111,7 +112,7 @@ class Bench:
             raise SystemExit(f"{name}: logits are no numbers")
         if exact is not None:
             check(name, relative_error(self.first, exact.double()), limit)
-        self.logits[name] = self.first
+        self.logits[name], self.samples[name] = self.first, samples
         self.add_row(name, samples, vs, new_tokens=count, **case)
         print(f"{name}: {time.time() - start:.0f} s", flush=True)
         if self.profile and not self.tiny:
@@ -217,14 +218,21 @@ class Bench:
             free()
 
     def ablations(self, name, model):
-        """What attention and the small kernels cost: the step without them, the token's time minus that."""
+        """What the parts of a token's time are: attention and the small kernels by a step without them, the adapters against the
+        backbone alone; what is left are the base's linears, routing, head and sampling."""
         whole = self.rows[name]["median"]
+        parts = {}
         for part in ("attention", "between"):
             run = EngineRun(model, self.ids, self.new, make_step=partial(Without, leave_out=(part,)))
-            left = self.times(run, self.new)
-            self.add_row(f"profile/{name}/{part}", [whole - each for each in left], vs=(name,))
+            parts[part] = [whole - each for each in self.times(run, self.new)]
             del run
             free()
+        if model is not self.base and "engine/backbone" in self.rows:
+            parts["adapters"] = [each - self.rows["engine/backbone"]["median"] for each in self.samples[name]]
+        taken = sum(statistics.median(part) for part in parts.values())
+        parts["rest"] = [each - taken for each in self.samples[name]]
+        for part, samples in parts.items():
+            self.add_row(f"profile/{name}/{part}", samples, vs=(name,))
 
     def baseline_rows(self, name):
         rows = [how for how in ("published", "graphed") if self.wants(f"{how}/{name}")]

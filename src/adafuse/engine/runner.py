@@ -63,18 +63,18 @@ class Runner:
         if self._graphs is None:
             return sampler
         padded = self.padded(rows)
-        sampler = self._kept(padded, sampler)
+        kept = self._kept_sampler(padded, sampler.plain)
         name = (padded, adapted, sampler.plain)
         if name not in self._graphs:
             self.start_steps()
             if self.kernels:
                 self._kernel_step(padded, adapted)  # its buffers, outside the capture
-            count = sampler.count.clone()
-            self._graphs.capture(name, lambda: self._step(padded, adapted, sampler))
-            sampler.count.copy_(count)
+            self._graphs.capture(name, lambda: self._step(padded, adapted, kept))
             if self._switcher is not None:
                 self._switcher.restore()
-        return sampler
+        if not sampler.plain:
+            kept.take(sampler)  # behind the capture, whose runs have drawn and seen tokens
+        return kept
 
     def _renew(self, state):
         """Forget the steps that read what has moved since."""
@@ -84,18 +84,16 @@ class Runner:
                 self._graphs.clear()
             self._state = state
 
-    def _kept(self, padded, sampler):
-        """The sampler in buffers that a graph can hold, always the same ones."""
-        name = (padded, sampler.plain)
-        if name not in self._samplers:
+    def _kept_sampler(self, padded, plain):
+        """A sampler in buffers that a graph can hold, always the same one for so many rows."""
+        if (padded, plain) not in self._samplers:
             count, device = self.logits.shape[1], self.logits.device
-            if sampler.plain:
-                self._samplers[name] = Sampler([Sampling()] * padded, [], ends=(), vocab_size=count, device=device)
+            if plain:
+                kept = Sampler([Sampling()] * padded, [], ends=(), vocab_size=count, device=device)
             else:
-                self._samplers[name] = Sampler.room(padded, self._max_seq_len, count, device)
-        if not sampler.plain:
-            self._samplers[name].take(sampler)
-        return self._samplers[name]
+                kept = Sampler.room(padded, self._max_seq_len, count, device)
+            self._samplers[padded, plain] = kept
+        return self._samplers[padded, plain]
 
     def start_steps(self):
         """The prompts are done: from here on the weights hold a token's experts, if they are switched."""
