@@ -182,13 +182,14 @@ def hooked():
 
 def quantised():
     model = a_model()
-    model.model.layers[0].self_attn.k_proj = type("Linear4bit", (torch.nn.Linear,), {})(32, 16, bias=False)
+    other = type("Linear4bit", (torch.nn.Linear,), {})(32, 16, bias=False, device=DEVICE)
+    model.model.layers[0].self_attn.k_proj = other
     return model
 
 
 def half_biased():
     model = a_model()
-    model.model.layers[0].self_attn.k_proj.bias = torch.nn.Parameter(torch.zeros(16))
+    model.model.layers[0].self_attn.k_proj.bias = torch.nn.Parameter(torch.zeros(16, device=DEVICE))
     return model
 
 
