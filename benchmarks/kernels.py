@@ -237,21 +237,20 @@ def main():
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     rows = []
-    for model in [args.model] if args.model else MODELS:
-        if args.only in (None, "stack"):
-            rows += stack_rows(model)
+
+    def measure(kind, part, *options):
+        if args.only in (None, kind):
+            rows.extend(part(*options))
+            record.write(args.out, rows)  # what is there so far, should the machine be taken away
             free()
+
+    for model in [args.model] if args.model else MODELS:
+        measure("stack", stack_rows, model)
         if model == (args.model or MODELS[0]):
-            if args.only in (None, "switch"):
-                rows += switch_rows(model)
-                free()
-            if args.only in (None, "batch"):
-                for tokens in (32, 256):
-                    rows += batch_rows(model, tokens, f"batch/T{tokens}", 20)
-                    free()
-                rows += batch_rows(model, 2048, "prefill/T2048", 8)
-                free()
-    record.write(args.out, rows)
+            measure("switch", switch_rows, model)
+            for tokens in (32, 256):
+                measure("batch", batch_rows, model, tokens, f"batch/T{tokens}", 20)
+            measure("batch", batch_rows, model, 2048, "prefill/T2048", 8)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ and together far larger than the L2 cache. What a model has between the linears 
 import torch
 from shapes import SHAPES, groups
 
-from adafuse.ops.batch import add_delta_tiles, lay_out
+from adafuse.ops.batch import add_delta_tiles, lay_out, shrink_tiles
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.crowd import crowd, cut_for
-from adafuse.ops.decode import COPIES, EMPTY, decode, decode_ref
+from adafuse.ops.decode import EMPTY, copies_of_h, decode, decode_ref
+from adafuse.ops.matmul import matmul_tiles
 from adafuse.ops.route import route
 
 MOST_OF_A_CROWD = 256  # tokens
+FEWEST_OF_A_MATMUL = 256
 
 
 class Stack:
@@ -120,7 +122,7 @@ class Banks:
 class Adapters(Banks):
     """Router and banks for a stack, random; `run` is a decoding step with them, routing included."""
 
-    def __init__(self, stack, *, routing="model", copies=COPIES, **mixture):
+    def __init__(self, stack, *, routing="model", copies=None, **mixture):
         super().__init__(stack, **mixture)
         self.decisions = stack.blocks if routing == "layer" else 1
         tokens, num_experts, top_k = len(stack.x), self.num_experts, self.top_k
@@ -131,6 +133,7 @@ class Adapters(Banks):
         self.weights = torch.empty(self.decisions, tokens, top_k, device=stack.device)
         self.logits = torch.empty(tokens, self.decisions * num_experts, device=stack.device)
         active = top_k * self.r + self.shared_rank
+        copies = copies or copies_of_h(active)
         sizes = [copies * tokens * len(g.widths) * active for g in stack.groups] * stack.blocks
         self.all_h = torch.empty(sum(sizes), device=stack.device, dtype=torch.int32)
         self.h = [h.view(copies, tokens, -1, active) for h in self.all_h.split(sizes)]
@@ -204,6 +207,7 @@ class Batch(Banks):
     def forms(self):
         """Name -> a function that runs the step."""
         found = {"tiles": self.run_tiles, "tiles_first": self.run_tiles_first, "dense": self.run_dense}
+        found |= {"matmul": self.run_matmul} if len(self.experts) >= FEWEST_OF_A_MATMUL else {}
         return found | ({"crowd": self.run_crowd} if len(self.experts) <= MOST_OF_A_CROWD else {})
 
     def ratio_of_bytes(self):
@@ -232,6 +236,13 @@ class Batch(Banks):
                 y.split(group.widths, dim=1), x, self.a[block][index], self.b[block][index], tiles, add=False
             )
             y.addmm_(x, self.stack.weights[block][index].T)
+
+    def run_matmul(self, pdl=True, **given):
+        """Shrink, then base and expand in one kernel. given: keywords of `matmul_tiles`, or blocks of the layout."""
+        tiles = self.tiles(**{name: given.pop(name) for name in ("block_t", "block_r") if name in given})
+        for block, index, _, x, y in self.stack.steps():
+            h = shrink_tiles(x, self.a[block][index], tiles, pdl=pdl)
+            matmul_tiles(x, self.stack.linears(block, index), h, self.b[block][index], tiles, y, pdl=pdl, **given)
 
     def run_dense(self):
         """The reference: two matmuls over all ranks, masked between them."""

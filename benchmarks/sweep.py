@@ -17,17 +17,16 @@ from timing import best_read_times, graph_of, times
 
 from adafuse.ops import decode as decode_op
 from adafuse.ops.batch import expand_tiles, shrink_tiles
-from adafuse.ops.decode import COPIES
 from adafuse.ops.switch import SwitchTable, Tile, switch
 
 DECODE = (
-    {"copies": 64},
+    {},
+    {"copies": 8},
     {"copies": 16},
-    {"copies": 64, "block_j": 1},
-    {"copies": 64, "rush": True},
-    {"copies": 64, "resident": 0},
+    {"copies": 32},
+    {"block_j": 4},
+    {"resident": 0},
     {"block_o": 2},
-    {"block_o": 4},
 )
 CROWD = ({}, {"prefetch": 0}, {"block_i": 64, "num_stages": 6}, {"block_r": 64}, {"num_warps": 8}, {"slots": 250})
 SPLITS_AND_BLOCKS = ((1, 32, 128), (1, 32, 256), (1, 64, 128), (2, 32, 128), (2, 64, 128), (4, 64, 64), (4, 128, 64))
@@ -47,7 +46,11 @@ EXPAND = (
     {"held": 256, "strip": 4},
     {"held": 128, "strip": 4},
 )
-BATCH = ({}, {"block_r": 64}, {"block_r": 128}, {"block_t": 64}, {"block_t": 128})
+BATCH = {
+    "tiles": ({}, {"block_t": 64}),
+    "tiles_first": ({},),
+    "matmul": ({}, {"block_r": 64}, {"group": 16}),
+}
 PRISTINE = tuple(Tile(stagger=n) for n in (0, 1, 5))
 IN_PLACE = (
     *(Tile(num_stages=2, registers=True, stagger=n) for n in (0, 1, 3, 5, 11)),
@@ -80,7 +83,7 @@ def sweep_decode(sweep, model, _):
     for name, mixture in MIXTURES.items():
         for changes in DECODE:
             changed = {key: value for key, value in changes.items() if key != "copies"}
-            adapters = Adapters(stack, **mixture, copies=changes.get("copies", COPIES))
+            adapters = Adapters(stack, **mixture, copies=changes.get("copies"))
             more = 1 + adapters.num_bytes / stack.num_bytes
             roofline = record.row(f"roofline_{name}", {}, [sample * more for sample in bound], "ms")
             decode_op.Tile.default = lambda *args, changed=changed: replace(original(*args), **changed)
@@ -117,8 +120,8 @@ def sweep_batch(sweep, model, tokens):
     sweep.rows.append(base)
     for r in (16, 64):
         batch = Batch(stack, num_experts=8, r=r, top_k=2)
-        for name in ("tiles", "tiles_first"):
-            for given in BATCH:
+        for name, variants in BATCH.items():
+            for given in variants:
                 run = partial(batch.forms()[name], **given)
                 sweep.time(f"{name}_r{r}", given, run, base, stack.prepare, repeats, batch.error)
         del batch

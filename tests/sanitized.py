@@ -3,10 +3,11 @@
 import torch
 
 from adafuse.ops.attend import Heads, Room, attend
-from adafuse.ops.batch import add_delta_tiles, lay_out
+from adafuse.ops.batch import add_delta_tiles, lay_out, shrink_tiles
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.crowd import crowd, cut_for
-from adafuse.ops.decode import COPIES, EMPTY, decode, expand, shrink
+from adafuse.ops.decode import EMPTY, copies_of_h, decode, expand, shrink
+from adafuse.ops.matmul import matmul_tiles, readable
 from adafuse.ops.norm import add_norm, embed_norm, swiglu
 from adafuse.ops.pick import pick, room
 from adafuse.ops.route import route
@@ -27,7 +28,9 @@ def a_decode(tokens, features, widths, num_experts, r, top_k, shared):
     chosen = Chosen(experts_of(tokens, num_experts, top_k), weights, num_experts, r, shared, 0.5)
     x, base = normal(tokens, features), [normal(o, features) for o in widths]
     banks = {"banks_a": [normal(ranks, features) for _ in widths], "banks_b": [normal(ranks, o) for o in widths]}
-    h = torch.full((COPIES, tokens, len(widths), chosen.active), EMPTY.value, dtype=torch.int32, device="cuda")
+    h = torch.full(
+        (copies_of_h(chosen.active), tokens, len(widths), chosen.active), EMPTY.value, dtype=torch.int32, device="cuda"
+    )
     decode(x, base, normal(tokens, sum(widths)), **banks, chosen=chosen, h=h)
     decode(x, base, normal(tokens, sum(widths)))
     shrink(x, banks["banks_a"], chosen, h[0])
@@ -39,7 +42,10 @@ def a_batch(tokens, features, widths, num_experts, r, top_k, shared):
     routing = experts_of(tokens, num_experts, top_k), torch.rand(tokens, top_k, device="cuda")
     tiles = lay_out(*routing, num_experts=num_experts, r=r, shared_rank=shared)
     a, b = [normal(ranks, features) for _ in widths], [normal(ranks, o) for o in widths]
-    add_delta_tiles([normal(tokens, o) for o in widths], normal(tokens, features), a, b, tiles)
+    x, weights = normal(tokens, features), [normal(o, features) for o in widths]
+    add_delta_tiles([normal(tokens, o) for o in widths], x, a, b, tiles)
+    if all(readable(w) for w in weights):
+        matmul_tiles(x, weights, shrink_tiles(x, a, tiles), b, tiles, normal(tokens, sum(widths)))
 
 
 def a_crowd(tokens, features, widths, num_experts, r):
@@ -101,6 +107,7 @@ if __name__ == "__main__":
     a_decode(1, 256, (64,), 8, 16, 2, 0)
     a_batch(33, 63, (17, 40), 6, 4, 2, 3)
     a_batch(130, 128, (64,), 8, 16, 2, 0)
+    a_batch(130, 72, (64, 24, 300), 8, 16, 2, 3)
     a_crowd(33, 192, (72, 40), 4, 8)
     a_crowd(130, 256, (128,), 8, 16)
     a_switch()

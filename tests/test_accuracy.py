@@ -27,6 +27,7 @@ from accuracy.routing_share import expert_shares
 from accuracy.runs import Run, check_study, results_of, work_through, write_json
 from accuracy.stats import paired_difference
 from accuracy.train import TrainSettings, _Step, plan_order, train
+from tables import TABLES
 
 from adafuse import evaluation as library
 from adafuse.base import load_base
@@ -135,6 +136,12 @@ def check_report(document):
     assert low <= mid <= high
     assert mid == pytest.approx(means[0] - means[1])
     assert len(rows["accuracy/base", "mean", "all"]["diff_to_lora_active"]) == 3
+    low, mid, high = rows["accuracy/lora_active", "mean", "all"]["diff_of_pregate_best"]
+    assert low <= mid <= high
+    assert mid == pytest.approx(rows["accuracy/pregate_best", "mean", "all"]["mean"] - means[1])
+    assert "diff_of_pregate_best" not in rows["accuracy/pregate_best", "mean", "all"]
+    for table, lines in (("accuracy", 4 + 4), ("accuracy.domains", 2 + 4)):
+        assert len(TABLES[table](document["rows"])) == lines
     assert rows["accuracy/lora_active", "mean", 1]["case"]["params"] > 0
 
 

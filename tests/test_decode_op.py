@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from adafuse.ops.chosen import Chosen
-from adafuse.ops.decode import COPIES, EMPTY, Tile, decode, decode_ref, expand, expand_ref, shrink, shrink_ref
+from adafuse.ops.decode import EMPTY, Tile, copies_of_h, decode, decode_ref, expand, expand_ref, shrink, shrink_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative RMS
@@ -82,11 +82,11 @@ def empty(*shape):
     return torch.full(shape, EMPTY.value, device=DEVICE, dtype=torch.int32)
 
 
-def check(size, dtype, kind="uniform", copies=COPIES, **options):
+def check(size, dtype, kind="uniform", copies=None, **options):
     x, weights, banks_a, banks_b, chosen = a_case(*size, dtype, kind)
     exact = [loop(x, *each, chosen) for each in zip(weights, banks_a, banks_b, strict=True)]
     exact_h = torch.stack([each for each, _ in exact])
-    h = empty(copies, len(x), len(weights), chosen.active)
+    h = empty(copies or copies_of_h(chosen.active), len(x), len(weights), chosen.active)
     y = nan(len(x), sum(size[2]), dtype=dtype)
     decode(x, weights, y, banks_a=banks_a, banks_b=banks_b, chosen=chosen, h=h, **options)
     for copy in h.view(torch.float32):
@@ -145,7 +145,7 @@ def broken(**changes):
     """decode's arguments for a small case, one of them wrong."""
     x, weights, banks_a, banks_b, chosen = a_case(2, 64, (32, 16), 4, 2, 2, 0, torch.float32)
     arguments = {"x": x, "base_weights": weights, "banks_a": banks_a, "banks_b": banks_b, "chosen": chosen}
-    arguments |= {"out": nan(2, 48), "h": empty(COPIES, 2, 2, chosen.active)}
+    arguments |= {"out": nan(2, 48), "h": empty(16, 2, 2, chosen.active)}
     return arguments | {name: change(arguments[name]) for name, change in changes.items()}
 
 

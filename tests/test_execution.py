@@ -412,10 +412,13 @@ def test_explain_execution_counts_bytes_and_flops(capsys):
     (cost,) = [c for c in costs([(10, 20)], model.adafuse_config, 1, 4) if c.execution == "fused"]
     assert cost.bytes == pytest.approx(4 * (10 * 20 + 2 * 2 * 30 + 30))
     assert cost.flops == 2 * (10 * 20 + 2 * 2 * 30)
-    many = {c.execution: c for c in costs([(10, 20)], model.adafuse_config, 1000, 4)}
+    many = {c.form or c.execution: c for c in costs([(10, 20)], model.adafuse_config, 1000, 2)}
     assert many["reference"].flops == 2 * 1000 * (10 * 20 + 8 * 30)
-    assert many["fused"].flops == 2 * 1000 * (10 * 20 + 2 * 2 * 30)
-    assert many["fused"].bytes == many["reference"].bytes, "a thousand tokens reach every expert"
+    base, shrink = 2 * (10 * 20 + 1000 * 30), 2 * (8 * 10 + 1000 * (10 + 8))  # every expert is reached
+    assert many["tiles"].bytes == pytest.approx(base + shrink + 2 * (8 * 20 + 1000 * (8 + 2 * 20)))
+    assert many["matmul"].bytes == pytest.approx(base + shrink + 2 * (8 * 20 + 1000 * 8)), "no pass over the output"
+    assert many["matmul"].flops == many["tiles"].flops
+    assert [len(many[form].kernels) for form in ("tiles", "matmul")] == [3, 2]
 
 
 @pytest.mark.parametrize(
@@ -425,6 +428,7 @@ def test_explain_execution_counts_bytes_and_flops(capsys):
         (32, {"num_experts": 8, "r": 64}, "crowd"),
         (32, {"num_experts": 256, "r": 64, "top_k": 1}, "tiles"),
         (65, {"num_experts": 8, "r": 16}, "tiles"),
+        (2048, {"num_experts": 8, "r": 64}, "matmul"),
     ],
 )
 def test_fused_takes_the_cheapest_form(tokens, mixture, form):
@@ -434,7 +438,7 @@ def test_fused_takes_the_cheapest_form(tokens, mixture, form):
     assert fused_form((4096, 4096), AdaFuseConfig(**mixture), tokens, 2) == form
 
 
-@pytest.mark.parametrize("form", ["crowd", "tiles"])
+@pytest.mark.parametrize("form", ["crowd", "tiles", "matmul"])
 def test_every_form_of_fused_equals_the_loop(form, monkeypatch):
     model = attached(top_k=1)
     model.execution = "fused"

@@ -14,9 +14,10 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from adafuse.ops.batch import add_delta_tiles, add_delta_tiles_ref, lay_out
+from adafuse.ops.batch import add_delta_tiles_ref, expand_tiles, lay_out, shrink_tiles
 from adafuse.ops.crowd import crowd, crowd_ref, cut_for
-from adafuse.ops.decode import COPIES, decode, decode_ref
+from adafuse.ops.decode import copies_of_h, decode, decode_ref
+from adafuse.ops.matmul import matmul_tiles
 from adafuse.ops.route import route
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -75,12 +76,20 @@ def test_decode_waits_for_its_input_and_passes_the_wait_on(adapted, times):
     back = [torch.randn(4096, 2560, device="cuda").bfloat16() / 50]
     late, first, second = nan(*x.shape, dtype=x.dtype), nan(1, 2560, dtype=x.dtype), nan(1, 4096, dtype=x.dtype)
     mixture = (
-        {"banks_a": banks_a, "banks_b": banks_b, "chosen": chosen, "h": empty(COPIES, 1, 2, chosen.active)}
+        {
+            "banks_a": banks_a,
+            "banks_b": banks_b,
+            "chosen": chosen,
+            "h": empty(copies_of_h(chosen.active), 1, 2, chosen.active),
+        }
         if adapted
         else {}
     )
     decode(
-        x, weights, first.clone(), **{**mixture, "h": empty(COPIES, 1, 2, chosen.active)} if adapted else {}
+        x,
+        weights,
+        first.clone(),
+        **{**mixture, "h": empty(copies_of_h(chosen.active), 1, 2, chosen.active)} if adapted else {},
     )  # compiled ahead
     decode(first, back, second.clone(), pdl=True)
     torch.cuda.synchronize()
@@ -103,9 +112,9 @@ def test_decode_after_the_plan_waits_for_it(times):
     )
     outs = [nan(1, 2560, dtype=x.dtype) for _ in range(2)]
     banks = {"banks_a": banks_a, "banks_b": banks_b, "pdl": True}
-    hs = [empty(COPIES, 1, 2, chosen.active) for _ in range(2)]
+    hs = [empty(copies_of_h(chosen.active), 1, 2, chosen.active) for _ in range(2)]
     for after_plan in (True, False):  # compiled ahead
-        h = empty(COPIES, 1, 2, chosen.active)
+        h = empty(copies_of_h(chosen.active), 1, 2, chosen.active)
         decode(x, weights, outs[0].clone(), **banks, chosen=chosen, h=h, after_plan=after_plan)
     torch.cuda.synchronize()
     write_late(late.experts, chosen.experts)
@@ -128,7 +137,7 @@ def test_no_program_takes_a_rank_for_there_that_is_not(size):
     out, late = nan(1, sum(size[2]), dtype=x.dtype), nan(*x.shape, dtype=x.dtype)
     bad = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(1000):
-        h = empty(COPIES, 1, 1, chosen.active)
+        h = empty(copies_of_h(chosen.active), 1, 1, chosen.active)
         late.fill_(float("nan"))
         _late_copy_kernel[(triton.cdiv(x.numel(), 1024),)](x, late, x.numel(), 5_000, BLOCK=1024)
         decode(late, weights, out, banks_a=banks_a, banks_b=banks_b, chosen=chosen, h=h, pdl=True)
@@ -136,27 +145,36 @@ def test_no_program_takes_a_rank_for_there_that_is_not(size):
     assert bad.item() == 0
 
 
+@pytest.mark.parametrize("base", [False, True], ids=["expand", "matmul"])
 @pytest.mark.parametrize("times", range(3))
-def test_batch_waits_for_its_input(times):
-    """A late x before shrink; expand reads what the late shrink (and with splits, its sum) wrote."""
+def test_batch_waits_for_its_input(times, base):
+    """A late x before shrink; then what reads the h that the late shrink (and with splits, its sum) wrote, and matmul x itself."""
     tokens, features, width, experts, r = 200, 4096, 1024, 8, 16
     x, late = (torch.randn(tokens, features, device="cuda").bfloat16() for _ in range(2))
+    w = torch.randn(width, features, device="cuda").bfloat16() / 64
     a = torch.randn(experts * r, features, device="cuda").bfloat16() / 64
     b = torch.randn(experts * r, width, device="cuda").bfloat16()
     chosen = torch.rand(tokens, experts, device="cuda").argsort(-1)[:, :2].int()
     tiles = lay_out(chosen, torch.rand(tokens, 2, device="cuda"), num_experts=experts, r=r)
-    y, wanted = (
-        torch.zeros(tokens, width, device="cuda").bfloat16(),
-        torch.zeros(tokens, width, device="cuda").bfloat16(),
-    )
-    add_delta_tiles([y.clone()], x, [a], [b], tiles, pdl=True)  # compiled ahead
+    wanted = torch.zeros(tokens, width, device="cuda").bfloat16()
     add_delta_tiles_ref([wanted], x, [a], [b], tiles)
-    write_late(x.clone(), x)
+    wanted = wanted.double().cpu() + (x.double() @ w.double().T).cpu() * base
+
+    def run(x):
+        h, out = nan(*tiles.h_shape(1), dtype=x.dtype), nan(tokens, width, dtype=x.dtype)
+        write_late(late, source)
+        shrink_tiles(x, [a], tiles, h, pdl=True)
+        if base:
+            matmul_tiles(x, [w], h, [b], tiles, out, pdl=True)
+        else:
+            expand_tiles(h, [b], tiles, [out], add=False, pdl=True)
+        return out
+
+    source = x
+    run(x)  # compiled ahead
     late.fill_(float("nan"))
     torch.cuda.synchronize()
-    write_late(late, x)
-    add_delta_tiles([y], late, [a], [b], tiles, pdl=True)
-    assert relative_error(y, wanted.double().cpu()) < 1e-2
+    assert relative_error(run(late), wanted) < 1e-2
 
 
 @pytest.mark.parametrize("times", range(3))
@@ -211,7 +229,7 @@ def test_route_waits_for_its_input(times):
 
 def test_decode_runs_in_a_graph_without_host_sync():
     x, weights, banks_a, banks_b, chosen = a_case(*SIZE, torch.bfloat16)
-    out, h = nan(1, 2560, dtype=x.dtype), empty(COPIES, 1, 2, chosen.active)
+    out, h = nan(1, 2560, dtype=x.dtype), empty(copies_of_h(chosen.active), 1, 2, chosen.active)
 
     def step():
         h.fill_(-1)

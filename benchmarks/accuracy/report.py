@@ -7,6 +7,7 @@ import statistics
 import numpy as np
 
 from accuracy.evaluate import unpack
+from accuracy.methods import BEST
 from accuracy.stats import paired_difference
 
 PERCENT = 100
@@ -35,6 +36,8 @@ def accuracy_rows(results, split, names, reference) -> list[dict]:
             rows += [*found, _row(name, domain, "all", list(by_seed.values()))]
         if name != reference:
             rows[-1][f"diff_to_{reference}"] = _difference(by_seed, methods[reference], split)
+        if name != BEST and BEST in methods:
+            rows[-1]["diff_of_pregate_best"] = _difference(methods[BEST], by_seed, split)
     return rows
 
 

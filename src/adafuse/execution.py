@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 EXECUTIONS = ("auto", "reference", "fused", "switch")
 FEW_TOKENS = 8  # up to here a program of the fused kernels takes all tokens
 CROWD_TOKENS = 64  # up to here they may read the base's weights themselves
+MANY_TOKENS = 512  # from here on again
 # Of an H100: bytes a second from memory, FLOPs a second of a bf16 matmul, seconds from one small kernel to the next.
-READ, FLOPS, LAUNCH = 3.2e12, 7e14, 2e-6
+READ, FLOPS, LAUNCH, PROCESSORS = 3.2e12, 7e14, 2e-6, 132
+MATMUL = 0.95  # of the vendor's matmul, ours (ops/matmul.py)
 
 
 def check_available(execution, device):
@@ -53,59 +55,115 @@ def resolve(execution, batch, seq, needs_grad) -> str:
     return "switch" if execution == "switch" and seq == 1 else "fused"
 
 
-@dataclass(frozen=True)
-class Cost:
+class Kernel(NamedTuple):
+    """What one kernel reads and writes, and computes. filled: the share of the device that its programs keep busy."""
+
+    bytes: float
+    flops: float
+    filled: float = 1.0
+
+    @property
+    def seconds(self) -> float:
+        """What an H100 would take at the rates above. To compare ways of doing the same, not to predict."""
+        return max(self.bytes / READ, self.flops / (FLOPS * self.filled)) + LAUNCH
+
+
+class Cost(NamedTuple):
     """Of one forward's adapted linears, base weights included. form: which of the kernels of `ops`, for "fused"."""
 
     execution: str
     how: str
-    bytes: float
-    flops: float
-    launches: int
+    kernels: list[Kernel]
     form: str = ""
 
     @property
+    def bytes(self) -> float:
+        return sum(kernel.bytes for kernel in self.kernels)
+
+    @property
+    def flops(self) -> float:
+        return sum(kernel.flops for kernel in self.kernels)
+
+    @property
     def seconds(self) -> float:
-        """What an H100 would take at the rates below. To compare ways of doing the same, not to predict."""
-        return max(self.bytes / READ, self.flops / FLOPS) + self.launches * LAUNCH
+        return sum(kernel.seconds for kernel in self.kernels)
 
 
 def costs(layers, config, tokens, itemsize) -> list[Cost]:
     """Bytes that must move between memory and processors, and FLOPs, for each execution. Routing taken as uniform.
 
-    layers: (in, out) features of the adapted linears. Of E experts, n tokens with K each reach E (1 - (1 - K/E)^n) on average.
+    layers: (in, out) features of the adapted linears. Of E experts, n tokens with K each reach E (1 - (1 - K/E)^n) on average. Sums
+    over tiles of sorted tokens are taken over twice the active ranks, for neighbours that differ.
     """
     hit = config.num_experts * (1 - (1 - config.top_k / config.num_experts) ** tokens)
-    base = sum(i * o for i, o in layers)
-    width = sum(i + o for i, o in layers)
     active, reached, ranks = (n * config.r + config.shared_rank for n in (config.top_k, hit, config.num_experts))
-    outputs = 2 * tokens * sum(o for _, o in layers)  # written by the base, then read and written
+    padded = min(2 * active, ranks)
 
-    def cost(execution, how, ranks_read, ranks_computed, launches, more=0.0, form=""):
-        moved = itemsize * (base + ranks_read * width + tokens * width + more)
-        return Cost(execution, how, moved, 2 * tokens * (base + ranks_computed * width), launches * len(layers), form)
+    def cost(execution, how, kernels_of, form=""):
+        return Cost(execution, how, [kernel for layer in layers for kernel in kernels_of(*layer)], form)
+
+    def kernel(numbers, products, filled=1.0):
+        return Kernel(itemsize * numbers, 2 * products, filled)
+
+    def fill(*_):
+        return kernel(0, 0)
+
+    def base(i, o):
+        return kernel(i * o + tokens * (i + o), tokens * i * o)
+
+    def one_launch(read, computed):
+        return lambda i, o: [
+            fill(),
+            kernel(i * o + read * (i + o) + tokens * (i + o), tokens * (i * o + computed * (i + o))),
+        ]
+
+    def shrink(i, o):
+        return kernel(reached * i + tokens * (i + padded), tokens * padded * i)
+
+    def tiles(i, o):
+        return [base(i, o), shrink(i, o), kernel(reached * o + tokens * (padded + 2 * o), tokens * padded * o)]
+
+    def matmul(i, o):
+        read = i * o + reached * o + tokens * (i + padded + o)
+        return [shrink(i, o), kernel(read, tokens * o * (i + padded), _filled(tokens, o))]
+
+    def reference(i, o):
+        return [
+            base(i, o),
+            kernel(ranks * i + tokens * (i + ranks), tokens * ranks * i),
+            kernel(2 * tokens * ranks, 0),  # the mask
+            kernel(ranks * o + tokens * (ranks + o), tokens * ranks * o),
+            kernel(3 * tokens * o, 0),  # the sum
+        ]
+
+    def switch(i, o):
+        return [kernel(2 * i * o + active * (i + o), active * i * o), base(i, o)]
 
     found = []
     if tokens <= FEW_TOKENS:
-        found.append(cost("fused", "base weights and chosen experts in one pass", reached, active, 2, form="decode"))
+        found.append(
+            cost("fused", "base weights and chosen experts in one pass", one_launch(reached, active), "decode")
+        )
     else:
-        found.append(
-            cost("fused", "base matmul, then the experts of sorted tokens", reached, active, 4, outputs, "tiles")
-        )
+        found.append(cost("fused", "base matmul, then the experts of sorted tokens", tiles, "tiles"))
+        if itemsize == 2 and tokens >= MANY_TOKENS:  # fp32 has no tensor cores: the vendor's matmul is far better at it
+            found.append(cost("fused", "base and experts of sorted tokens in one matmul", matmul, "matmul"))
     if FEW_TOKENS < tokens <= CROWD_TOKENS:
-        found.append(cost("fused", "base weights and all experts in one pass", ranks, ranks, 2, form="crowd"))
-    found.append(cost("reference", "base matmul, two matmuls over all experts", ranks, ranks, 5, outputs))
+        found.append(cost("fused", "base weights and all experts in one pass", one_launch(ranks, ranks), "crowd"))
+    found.append(cost("reference", "base matmul, two matmuls over all experts", reference))
     if tokens == 1:
-        merge = itemsize * (3 * base + active * width)
-        found.append(
-            Cost("switch", "experts merged from a copy, then the base", merge, 2 * base * (1 + active), len(layers))
-        )
+        found.append(cost("switch", "experts merged from a copy, then the base", switch))
     return found
+
+
+def _filled(tokens, features) -> float:
+    """The share of the device's processors that tiles of `ops.matmul` keep busy, times how well its loop does beside the vendor's."""
+    return MATMUL * min(1, -(-tokens // 128) * -(-features // 256) / PROCESSORS)
 
 
 @lru_cache
 def fused_form(layer, config, tokens, itemsize) -> str:
-    """The cheapest form of "fused" for one plain linear of (in, out) features: "decode", "crowd" or "tiles"."""
+    """The cheapest form of "fused" for one plain linear of (in, out) features: "decode", "crowd", "tiles" or "matmul"."""
     fused = (cost for cost in costs([layer], config, tokens, itemsize) if cost.execution == "fused")
     return min(fused, key=lambda cost: cost.seconds).form
 
@@ -116,7 +174,7 @@ def explain(found: list[Cost], chosen: str, tokens: int) -> str:
     best = min((cost for cost in found if cost.execution == chosen), key=lambda cost: cost.seconds)
     for cost in found:
         mark = "->" if cost is best else "  "
-        numbers = f"{cost.bytes / 1e9:9.3f} GB {cost.flops / 1e9:12.1f} GFLOP {cost.launches:5} launches"
+        numbers = f"{cost.bytes / 1e9:9.3f} GB {cost.flops / 1e9:12.1f} GFLOP {len(cost.kernels):5} launches"
         lines.append(f"{mark} {cost.execution:10} {numbers}   {cost.how}")
     return "\n".join(lines)
 

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from adafuse.execution import FEW_TOKENS, fused_form
-from adafuse.ops.batch import add_delta_tiles
+from adafuse.ops.batch import add_delta_tiles, shrink_tiles
 from adafuse.ops.crowd import crowd, cut_for
-from adafuse.ops.decode import COPIES, EMPTY, MAX_FEATURES, decode, expand, shrink
+from adafuse.ops.decode import EMPTY, MAX_FEATURES, copies_of_h, decode, expand, shrink
 from adafuse.ops.launch import processors
+from adafuse.ops.matmul import matmul_tiles, readable
 from adafuse.plan import Plan
 
 
@@ -39,8 +40,8 @@ class FusedBlock:
     def linear(self, layer, x, dtype, args, kwargs):
         """The output of an AdapterLinear. x [..., I] -> [..., O]; adapters compute in `dtype`, sums in fp32.
 
-        Not too many tokens and a plain base linear: one launch, which reads the base's weights itself. Otherwise the base's own
-        kernel, and the adapters' beside it. ValueError where a gradient is needed.
+        A plain base linear: by the cheapest of our kernels, most of which read the base's weights themselves. Otherwise the base's
+        own kernel, and the adapters' beside it. ValueError where a gradient is needed.
         """
         refuse_gradient_of_input(layer, x)
         plan, base = self._part(x.device), layer.base_layer
@@ -49,9 +50,10 @@ class FusedBlock:
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         if not args and not kwargs and _is_plain(layer, x, dtype):
             form = fused_form((rows.shape[1], layer.out_features), self._plan.config, len(rows), rows.element_size())
+            if form == "matmul" and not readable(base.weight):
+                form = "tiles"
             if form != "tiles":
-                one_launch = _decode if form == "decode" else _crowd
-                return one_launch(rows, base.weight, a, b, plan).view(*x.shape[:-1], -1)
+                return _FORMS[form](rows, base.weight, a, b, plan).view(*x.shape[:-1], -1)
         y = base(x, *args, **kwargs)
         # What is added in place must be ours: neither kept by a hook, nor a buffer of the base's.
         y = (
@@ -96,8 +98,16 @@ def _crowd(rows, weight, a, b, plan):
     return crowd(rows, (weight,), y, banks_a=(a,), banks_b=(b,), gates=plan.gates, r=plan.chosen.r, cut=cut, **scratch)
 
 
+def _matmul(rows, weight, a, b, plan):
+    h = shrink_tiles(rows, a, plan.tiles)
+    return matmul_tiles(rows, (weight,), h, (b,), plan.tiles, rows.new_empty(len(rows), len(weight)))
+
+
+_FORMS = {"decode": _decode, "crowd": _crowd, "matmul": _matmul}
+
+
 def _h(rows, chosen):
-    return torch.empty(COPIES, len(rows), 1, chosen.active, dtype=torch.int32, device=rows.device)
+    return torch.empty(copies_of_h(chosen.active), len(rows), 1, chosen.active, dtype=torch.int32, device=rows.device)
 
 
 def _is_plain(layer, x, dtype):
@@ -108,8 +118,8 @@ def _is_plain(layer, x, dtype):
     if layer.training and layer.dropout.p:
         return False
     weight = base.weight
-    readable = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_contiguous() and weight.device == x.device
-    return readable and weight.dtype == x.dtype == dtype and x.shape[-1] <= MAX_FEATURES
+    ours = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_contiguous() and weight.device == x.device
+    return ours and weight.dtype == x.dtype == dtype and x.shape[-1] <= MAX_FEATURES
 
 
 def _is_watched(module):

@@ -14,7 +14,7 @@ from torch import nn
 from adafuse.engine.backbone import Backbone, Block
 from adafuse.engine.linears import Gate, Linear
 from adafuse.ops.attend import MAX_GROUP, MAX_HEAD_DIM, Heads, Room, attend
-from adafuse.ops.decode import COPIES, EMPTY, MAX_FEATURES, MAX_TOKENS, decode
+from adafuse.ops.decode import EMPTY, MAX_FEATURES, MAX_TOKENS, copies_of_h, decode
 from adafuse.ops.norm import MAX_HIDDEN, add_norm, embed_norm, swiglu
 from adafuse.ops.pick import pick, room
 from adafuse.ops.route import route
@@ -73,8 +73,9 @@ class Step:
         unmerged = self.gate is not None and self.switcher is None
         active = self.plan.of_block(0).chosen.active if unmerged else 0
         cut = [[_cut(getattr(block, name), unmerged) for name in _GROUPS] for block in self.backbone.blocks]
+        copies = copies_of_h(active)
         sizes = [
-            COPIES * self.rows * len(linears) * active if adapted else 0
+            copies * self.rows * len(linears) * active if adapted else 0
             for block in cut
             for group in block
             for adapted, linears, _ in group
@@ -84,7 +85,7 @@ class Step:
 
         def run(adapted, linears, columns):
             h = next(parts)
-            h = h.view(COPIES, self.rows, len(linears), active) if adapted else None
+            h = h.view(copies, self.rows, len(linears), active) if adapted else None
             return Run(tuple(linears), columns, h)
 
         self.blocks = [

@@ -210,7 +210,9 @@ def _shrink_kernel(
     A tile's work is a list of units, one per needed block and module; a program takes BLOCK_N // BLOCK_R of them, so that
     its tile of x serves BLOCK_N ranks whatever the size of the blocks and the number of modules. Grid (chunks, splits, tiles).
     """
-    _wait_for_inputs(PDL)
+    if PDL:  # in this order: what starts from here on may read x without waiting (`matmul`)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     MODULES: tl.constexpr = len(a)
     chunk, split, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     units = tl.load(counts + tile) * MODULES
@@ -396,7 +398,7 @@ def expand_tiles(
     add itself on top. The remaining keywords are the kernel's block sizes; they default by shape.
     """
     b, y = _as_tuple(b), _as_tuple(y)
-    _check_expand(h, b, tiles, y)
+    check_expand(h, b, tiles, y)
     features = tuple(part.shape[1] for part in b)
     shape = _expand_shape(h, features, tiles)
     given = {"block_o": block_o, "strip": strip, "held": held, "num_warps": num_warps, "num_stages": num_stages}
@@ -510,7 +512,8 @@ def _check_shrink(x, a, tiles, out):
     _check_rows("x", x)
 
 
-def _check_expand(h, b, tiles, y):
+def check_expand(h, b, tiles, y):
+    """ValueError for an h, tuple of b or of outputs y that do not fit the routing or one another."""
     _check_tiles(tiles)
     refuse_gradients(h, *b, *y)
     if len(b) != len(y):

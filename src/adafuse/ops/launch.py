@@ -20,6 +20,11 @@ def processors(tensor: torch.Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
 
 
+def has_bulk_prefetch(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's device has the instruction that asks for many bytes into the L2 cache (Hopper and later)."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+
+
 @triton.jit
 def dot(a, b, acc):
     """acc + a @ b, fp32 in full precision."""
