@@ -14,10 +14,10 @@ SAMPLED = {"temperature": 0.8, "top_k": 30, "repetition_penalty": 1.3, "seed": 3
 
 
 class Replayed:
-    """Stands for Graphs: `capture` warms up and keeps the run, `replay` runs it again."""
+    """Stands for Graphs: `capture` warms up and keeps the run, `replay` runs it again; what Python notes meanwhile is undone."""
 
-    def __init__(self):
-        self.runs, self.captured, self.replayed = {}, [], []
+    def __init__(self, runner):
+        self.runner, self.runs, self.captured, self.replayed = runner, {}, [], []
 
     def __contains__(self, name):
         return name in self.runs
@@ -32,7 +32,11 @@ class Replayed:
     @torch.no_grad()
     def replay(self, name):
         self.replayed.append(name)
+        gate = self.runner.gate
+        noted = vars(gate).copy() if gate is not None else {}
         self.runs[name]()
+        if gate is not None:
+            vars(gate).update(noted)
 
     def clear(self):
         self.runs.clear()
@@ -42,7 +46,7 @@ def engines(model, **options):
     """One that captures and runs ahead, and a plain one."""
     options = {"max_seq_len": 64, "max_batch": 5, "prefill_chunk": 16, **options}
     one = Engine(model, **options)
-    one._runner._graphs, one._ahead = Replayed(), 1
+    one._runner._graphs, one._ahead = Replayed(one._runner), 1
     return one, Engine(model, **options)
 
 
@@ -131,6 +135,18 @@ def test_a_closed_stream_with_a_step_under_way_leaves_the_engine_usable():
     pieces.close()
     given = {"max_new_tokens": 12, "eos_token_id": ()}
     same(one.generate([prompt(9)], **given), plain.generate([prompt(9)], **given))
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels run on a CPU in the interpreter only; see test_engine_kernels"
+)
+def test_routing_of_captured_steps_on_kernels():
+    pytest.importorskip("triton")
+    model = adapted("llama", routing="layer")
+    one, _ = engines(model, kernels=True, max_batch=2)
+    for got in one.generate([prompt(9), prompt(5)], max_new_tokens=4, eos_token_id=(), return_routing=True):
+        wanted = model.route(torch.tensor([got.prompt_ids + got.ids[:-1]]))
+        assert torch.equal(got.routing.experts, wanted.experts[0])
 
 
 @pytest.mark.skipif(

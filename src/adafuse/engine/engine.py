@@ -187,6 +187,10 @@ class Engine:
             raise ValueError(f"logprobs={logprobs!r}: allowed is None or a whole number from 0 to {count}")
         if routing and not self._adapted():
             raise ValueError("return_routing=True: the model has no adapter, or it is disabled, so no token is routed")
+        if routing and self._runner.captures and self._runner.gate is not None and not self._runner.gate.config.scale:
+            raise ValueError(
+                "return_routing=True: the plan of lora_alpha=0 holds no weights; pass Engine(..., graphs=False)"
+            )
         return Record(logprobs, routing)
 
     def _adapted(self) -> bool:

@@ -147,20 +147,24 @@ class HfRunner(Runner):
         alone = "full_attention" if kinds == {"full_attention"} or window is None else "sliding_attention"
         return masks[alone]
 
+    def _renew(self, state):
+        if state != self._state:
+            self._captured.clear()
+        super()._renew(state)
+
     def _step(self, rows, adapted, sampler):
         super()._step(rows, adapted, sampler)
         # A graph writes its routing where it was captured: kept, so that nothing else is put there.
         self._captured[rows, adapted, sampler is not None and sampler.plain] = self._routed
 
-    def step(self, rows, *, adapted, sampler=None, routings=None):
-        super().step(rows, adapted=adapted, sampler=sampler, routings=None)
-        if routings is not None:
-            self._routed = self._captured[self.padded(rows), adapted, sampler is not None and sampler.plain]
-            routed = self._routed
-            routings.append(Routing(routed.experts[:rows, 0].clone(), routed.weights[:rows, 0].clone()))
+    def _note_routing(self, rows, adapted, plain):
+        self._routed = self._captured[rows, adapted, plain]
 
     def _routing(self, tokens):
-        return Routing(self._routed.experts[0, :tokens].clone(), self._routed.weights[0, :tokens].clone())
+        experts, weights = (
+            part.flatten(0, 1)[:tokens].clone() for part in (self._routed.experts, self._routed.weights)
+        )
+        return Routing(experts, weights)
 
     def forget(self):
         for layer in self.layers:
@@ -170,10 +174,8 @@ class HfRunner(Runner):
 @torch.no_grad()
 def _cache_shapes(whole, length):
     """Shapes of keys and values [heads, length, dim] of every layer, from a forward of one token. ValueError for other caches."""
-    token = torch.zeros(1, 1, dtype=torch.int64, device=whole.device)
-    cache = whole.base(
-        input_ids=token, past_key_values=DynamicCache(config=whole.base.config), use_cache=True
-    ).past_key_values
+    ones, cache = torch.ones(1, 1, dtype=torch.int64, device=whole.device), DynamicCache(config=whole.base.config)
+    whole.base(input_ids=ones, attention_mask=ones, past_key_values=cache, use_cache=True)
     if wrong := [layer for layer in cache.layers if not isinstance(layer, DynamicLayer) or not layer.is_initialized]:
         raise ValueError(
             f"{type(whole.base).__name__} keeps a {type(wrong[0]).__name__}, which is no cache of keys and values: {ADVICE}"

@@ -39,5 +39,7 @@ class Graphs:
             self._graphs[name].replay()
 
     def clear(self):
-        """Forget all: what they read has moved."""
+        """Forget all: what they read has moved. A pool whose graphs are gone must not be captured into again: what is left alive in it
+        (a routing that someone holds) keeps it from being made anew."""
         self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle()

@@ -144,10 +144,16 @@ class Runner:
         name = (padded, adapted, sampler is not None and sampler.plain)
         if sampler is not None and self._graphs is not None:
             self._graphs.replay(name)
+            self._note_routing(*name)
         else:
             self._step(padded, adapted, sampler)
         if routings is not None:
             routings.append(self._routing(rows))
+
+    def _note_routing(self, rows, adapted, plain):
+        """A replay runs no Python, so nobody else says which plan it wrote."""
+        if adapted and self.gate is not None:
+            self.gate.written = self.gate.plan(rows)
 
     def _step(self, rows, adapted, sampler):
         tokens, positions = self.tokens[:rows], self.positions[:rows]
