@@ -1,12 +1,15 @@
-"""Every kernel once, at small and odd sizes: what compute-sanitizer watches. Run by test_gpu_kernels.py, not a test of its own."""
+"""Every kernel once, at small and odd sizes: what compute-sanitizer watches. Run by test_gpu_kernels.py."""
 
 import torch
 
+from adafuse.ops.attend import Heads, Room, attend
 from adafuse.ops.batch import add_delta_tiles, lay_out, shrink_tiles
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import EMPTY, copies_of_h, decode, expand, shrink
 from adafuse.ops.matmul import matmul_tiles, readable
+from adafuse.ops.norm import add_norm, embed_norm, swiglu
+from adafuse.ops.pick import pick, room
 from adafuse.ops.route import route
 from adafuse.ops.switch import Segment, SwitchTable, switch
 
@@ -81,6 +84,22 @@ def a_route():
     route(h0, torch.randn(21, 9, device="cuda"), experts, weights, **options, **inner)
 
 
+def small_kernels(tokens, hidden, heads, kv_heads, dim, length):
+    residual, y, weight, out = normal(tokens, hidden), normal(tokens, hidden), normal(hidden), normal(tokens, hidden)
+    ids = torch.randint(0, 9, (tokens,), device="cuda")
+    embed_norm(ids, normal(9, hidden), residual, weight, out, eps=1e-6)
+    add_norm(y, residual, weight, out, eps=1e-6, bias=weight)
+    swiglu(normal(tokens, 2 * hidden), out, gate_bias=weight, up_bias=weight)
+    cache, rotary = normal(2, tokens, kv_heads, length, dim), normal(2, length, dim)
+    positions = torch.randint(0, length, (tokens,), device="cuda")
+    given = Heads(*(normal(n * dim) for n in (heads, kv_heads, kv_heads)), normal(dim), normal(dim), 1e-6)
+    attended, place = normal(tokens, heads * dim), Room.make(cache, heads)
+    qkv = normal(tokens, (heads + 2 * kv_heads) * dim)
+    for options in ({}, {"window": 5, "heads": given}):
+        attend(qkv, cache, positions, rotary, attended, place, scaling=0.1, **options)
+    pick(normal(tokens, 5001), ids, ids.clone(), room(tokens, 5001, "cuda"), positions=positions, advance=ids, last=9)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     a_decode(1, 64, (32, 16), 8, 4, 2, 0)
@@ -93,4 +112,6 @@ if __name__ == "__main__":
     a_crowd(130, 256, (128,), 8, 16)
     a_switch()
     a_route()
+    small_kernels(2, 63, 6, 2, 8, 90)
+    small_kernels(1, 256, 4, 4, 128, 200)
     torch.cuda.synchronize()

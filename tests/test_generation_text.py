@@ -10,8 +10,9 @@ from tiny_text import EOS, tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from adafuse import Engine
 from adafuse.base import load_adapted
-from adafuse.generation import COLOURS, coloured, generate_text, legend, run_generation
+from adafuse.generation import COLOURS, coloured, engine_text, generate_text, legend, run_generation
 
 UNPRINTED = str.maketrans("", "", "\a\b\v\f\r")  # rich leaves out what would move the cursor
 
@@ -188,6 +189,43 @@ def test_the_command(tmp_path, capsys, show_experts):
     text = tok.decode(generate_text(model, tok, "one ", max_new_tokens=24), skip_special_tokens=True)
     assert printed.startswith(text)
     assert ("first" in printed) == show_experts
+
+
+@pytest.mark.parametrize("show_experts", [False, True])
+def test_the_command_by_the_engine_prints_the_same(tmp_path, capsys, monkeypatch, show_experts):
+    """As on a GPU; here the engine computes in plain PyTorch."""
+    _, adapter = save_adapted(tmp_path)
+    printed, engines = [], []
+    monkeypatch.setattr("adafuse.generation.Engine", lambda *a, **k: engines.append(Engine(*a, **k)) or engines[-1])
+    for on_gpu in (False, True):
+        monkeypatch.setattr("adafuse.generation._on_gpu", lambda model, on_gpu=on_gpu: on_gpu)
+        run_generation(adapter, None, "one ", show_experts=show_experts, console=Console(width=5), max_new_tokens=24)
+        printed.append(capsys.readouterr().out)
+        assert len(engines) == on_gpu
+    assert printed[0] == printed[1]
+
+
+def test_a_model_that_the_engine_does_not_run_is_generated_from_and_it_says_so(tmp_path, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("a Linear4bit is no plain nn.Linear")
+
+    _, adapter = save_adapted(tmp_path)
+    monkeypatch.setattr("adafuse.generation._on_gpu", lambda model: True)
+    monkeypatch.setattr("adafuse.generation.Engine", refuse)
+    run_generation(adapter, None, "one ", max_new_tokens=4)
+    found = capsys.readouterr()
+    assert "not on the engine, but by transformers' generate: a Linear4bit is no plain nn.Linear\n" in found.err
+    assert found.out.strip()
+
+
+def test_the_engine_gives_the_same_tokens_and_refuses_the_same(shared_model):
+    model, tok = shared_model
+    one = Engine(model, max_seq_len=64, max_batch=1, tokenizer=tok)
+    assert engine_text(one, "one ", max_new_tokens=24) == generate_text(model, tok, "one ", max_new_tokens=24)
+    draws = {tuple(engine_text(one, "a", max_new_tokens=3, temperature=3.0)) for _ in range(20)}
+    assert len(draws) > 10
+    with pytest.raises(ValueError, match="allowed are a temperature of 0 or more"):
+        engine_text(one, "a", temperature=-1.0)
 
 
 def test_the_command_colours_by_what_the_prompt_led_to(monkeypatch, capsys):

@@ -252,12 +252,13 @@ def test_decode_runs_in_a_graph_without_host_sync():
         assert relative_error(out, decode_ref(x.double(), *double, chosen).cpu()) < 1e-2
 
 
+@pytest.mark.parametrize("watched", ["sanitized.py", "sanitized_engine.py"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer_finds_nothing(tool):
+def test_compute_sanitizer_finds_nothing(tool, watched):
     program = shutil.which("compute-sanitizer")
     if program is None:
         pytest.skip("compute-sanitizer is not installed")
-    script = Path(__file__).with_name("sanitized.py")
+    script = Path(__file__).with_name(watched)
     command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, str(script)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]

@@ -77,7 +77,7 @@ class ExpertBank(nn.Module):
         if torch.is_grad_enabled() and (self.a.requires_grad or self.b.requires_grad):
             self.drop_pack()
             return self.a.to(dtype), self.b.to(dtype)
-        key = (dtype, *((p.data_ptr(), p._version, p.device) for p in (self.a, self.b)))
+        key = self._pack_key(dtype)
         if self._pack is None or self._pack[0] != key:
             # Outside inference_mode: its tensors could not take part in a later backward pass of the router.
             with torch.inference_mode(False), torch.no_grad():
@@ -87,6 +87,21 @@ class ExpertBank(nn.Module):
     def drop_pack(self):
         """Forget the copy for inference; the next forward without gradients makes it anew."""
         self._pack = None
+
+    @torch.no_grad()
+    def renew_pack(self, dtype):
+        """Cast the weights anew for `matrices`, whoever changed them and however, into the same memory if there is such a copy."""
+        if self.a.dtype == dtype:
+            return
+        pack, self._pack = self._pack, None
+        if pack is not None and pack[0][0] == dtype and pack[1].device == self.a.device:
+            for mine, weight in zip(pack[1:], (self.a, self.b), strict=True):
+                mine.copy_(weight)
+            self._pack = (self._pack_key(dtype), *pack[1:])
+        self.matrices(dtype)
+
+    def _pack_key(self, dtype):
+        return (dtype, *((p.data_ptr(), p._version, p.device) for p in (self.a, self.b)))
 
     def num_bytes(self) -> int:
         """Bytes held: the trained parameters, and the copy packed for inference if there is one."""

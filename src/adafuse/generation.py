@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from transformers import TextStreamer, set_seed
 
 from adafuse.base import load_adapted
 from adafuse.data import prompt_ids
+from adafuse.engine import Engine
 from adafuse.evaluation import in_eval_mode, position_limit
 
 # Eight colours of the 256-colour palette that stay apart on light and dark terminals; expert e takes colour e modulo 8.
@@ -37,18 +39,7 @@ def generate_text(
     the text while it comes. ValueError for settings out of range, for an empty prompt if the tokenizer has neither BOS nor EOS, and
     for a prompt that leaves the model no position for max_new_tokens more.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise ValueError(
-            f"temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}: allowed are a temperature of 0 or more, a "
-            "top_p above 0 and up to 1, and 1 new token or more"
-        )
-    ids = prompt_ids(tokenizer, prompt, chat=chat)
-    limit = position_limit(model)
-    if limit is not None and len(ids) + max_new_tokens > limit:
-        raise ValueError(
-            f"the prompt's {len(ids)} tokens and {max_new_tokens} new ones are more than the {limit} the model allows; "
-            "shorten the prompt or ask for fewer new tokens"
-        )
+    ids = _checked_prompt(model, tokenizer, prompt, max_new_tokens, temperature, top_p, chat)
     inputs = torch.tensor([ids], device=model.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     with in_eval_mode(model):
@@ -62,6 +53,58 @@ def generate_text(
             **(sampling if temperature else {"do_sample": False}),
         )
     return output[0, len(ids) :].tolist()
+
+
+def _checked_prompt(model, tokenizer, prompt, max_new_tokens, temperature, top_p, chat) -> list[int]:
+    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}: allowed are a temperature of 0 or more, a "
+            "top_p above 0 and up to 1, and 1 new token or more"
+        )
+    ids = prompt_ids(tokenizer, prompt, chat=chat)
+    limit = position_limit(model)
+    if limit is not None and len(ids) + max_new_tokens > limit:
+        raise ValueError(
+            f"the prompt's {len(ids)} tokens and {max_new_tokens} new ones are more than the {limit} the model allows; "
+            "shorten the prompt or ask for fewer new tokens"
+        )
+    return ids
+
+
+def engine_text(
+    engine,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    chat=False,
+    stream=False,
+) -> list[int]:
+    """What `generate_text` does, by an Engine with the model's tokenizer."""
+    ids = _checked_prompt(engine.model, engine.tokenizer, prompt, max_new_tokens, temperature, top_p, chat)
+    sampling = {"temperature": temperature, "top_p": top_p} if temperature else {}
+    pieces = engine.stream(ids, max_new_tokens=max_new_tokens, **sampling)
+    for piece in pieces:
+        if stream:
+            print(piece, end="", flush=True)
+    if stream:
+        print()
+    return pieces.ids
+
+
+def _on_gpu(model) -> bool:
+    return model.device.type == "cuda"
+
+
+def _engine_of(model, tokenizer, prompt, *, max_new_tokens=128, chat=False, **_):
+    """An Engine for one prompt; None, having said why, for a model that it does not run (a quantised one, say)."""
+    length = len(prompt_ids(tokenizer, prompt, chat=chat)) + max_new_tokens
+    try:
+        return Engine(model, max_seq_len=length, max_batch=1, tokenizer=tokenizer)
+    except ValueError as error:
+        print(f"not on the engine, but by transformers' generate: {error}", file=sys.stderr)
+        return None
 
 
 @torch.no_grad()
@@ -93,11 +136,14 @@ def legend(num_experts: int) -> Text:
 
 
 def run_generation(adapter, base, prompt, *, seed=0, show_experts=False, load=None, console=None, **options):
-    """What `adafuse generate` does: load the adapter on its base, generate, print."""
+    """What `adafuse generate` does: load the adapter on its base, generate (on a GPU by the engine), print."""
     console = console or Console()
     model, tokenizer = load_adapted(adapter, base, **(load or {}))
     set_seed(seed)
-    ids = generate_text(model, tokenizer, prompt, stream=not show_experts, **options)
+    engine = _engine_of(model, tokenizer, prompt, **options) if _on_gpu(model) else None
+    options["stream"] = not show_experts
+    given = (model, tokenizer, prompt) if engine is None else (engine, prompt)
+    ids = (generate_text if engine is None else engine_text)(*given, **options)
     if show_experts:
         before = prompt_ids(tokenizer, prompt, chat=options.get("chat", False))
         console.print(coloured(model, tokenizer, ids, before=before), soft_wrap=True)

@@ -80,6 +80,14 @@ class Switcher:
         ]
         return weights, banks, now
 
+    def check(self):
+        """ValueError if the weights or the experts are no longer where, and what, the tables were made from."""
+        if self._state_now() != self._state:
+            raise ValueError(
+                'the base or the adapter was moved, cast or replaced while execution="switch"; set model.execution to "reference" '
+                'before that and to "switch" again afterwards'
+            )
+
     def _segment(self, index, layer, decisions):
         weight = self.weights[index].detach()
         a, b = layer.bank.matrices(weight.dtype)
@@ -99,11 +107,7 @@ class Switcher:
     @torch.no_grad()
     def switch(self, routing):
         """Make the weights those of one token's routing. One launch (per dtype of the weights); the same routing again: no work."""
-        if self._state_now() != self._state:
-            raise ValueError(
-                'the base or the adapter was moved, cast or replaced while execution="switch"; set model.execution to "reference" '
-                'before that and to "switch" again afterwards'
-            )
+        self.check()
         experts, weights = self.new
         experts.copy_(routing.experts[0, 0])
         torch.mul(routing.weights[0, 0], self.config.scale, out=weights)

@@ -69,7 +69,7 @@ def read_backbone(model) -> Backbone:
 
     ValueError for what the engine does not run: another family, a model without the family's modules, one spread over devices.
     """
-    base = _base_of(model)
+    base = base_of(model)
     config = base.config
     if config.model_type not in MODEL_TYPES:
         raise ValueError(
@@ -78,7 +78,7 @@ def read_backbone(model) -> Backbone:
         )
     decoder, (_, blocks) = base.get_decoder(), find_blocks(base)
     _check_structure(base, decoder, blocks)
-    _check_one_device(model)
+    check_one_device(model)
     attention = blocks[0].self_attn
     found = Backbone(
         embeddings=base.get_input_embeddings(),
@@ -99,7 +99,22 @@ def read_backbone(model) -> Backbone:
     return found
 
 
-def _base_of(model):
+@torch.no_grad()
+def addresses(backbone: Backbone, router=None) -> tuple[int, ...]:
+    """Of all weights that a step reads, experts' casts included: a captured step is good while they stay."""
+    modules, banks = [backbone.embeddings, backbone.norm, backbone.head, router], []
+    for block in backbone.blocks:
+        modules += [block.attention_norm, block.mlp_norm, block.q_norm, block.k_norm]
+        for base, bank in (*block.qkv, *block.o, *block.gate_up, *block.down):
+            modules.append(base)
+            banks += [] if bank is None else [bank]
+    tensors = [p for module in modules if module is not None for p in module.parameters()]
+    tensors += [matrix for bank in banks for matrix in bank.matrices(backbone.dtype)]
+    return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+def base_of(model):
+    """The HuggingFace model of an AdaFuseModel, or the bare one itself; ValueError for what is neither."""
     if isinstance(model, AdaFuseModel):
         return model.get_base_model()
     check_causal_lm(model)
@@ -145,7 +160,8 @@ def _check_structure(base, decoder, blocks):
         )
 
 
-def _check_one_device(model):
+def check_one_device(model):
+    """ValueError for a model that is spread over devices."""
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or next(iter(devices)).type == "meta":
         raise ValueError(

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 
 import torch
 
-from adafuse.engine.backbone import read_backbone
+from adafuse.engine.backbone import MODEL_TYPES, addresses, base_of, read_backbone
+from adafuse.engine.generic import HfRunner, addresses_of, read_whole
 from adafuse.engine.linears import Gate
+from adafuse.engine.readback import Readback
 from adafuse.engine.record import Record
 from adafuse.engine.requests import Limits, end_ids, read_requests
 from adafuse.engine.runner import Runner
 from adafuse.engine.sampling import Sampler
 from adafuse.engine.sequence import Generation
+from adafuse.execution import check_available
 from adafuse.model import AdaFuseModel
+
+
+class Stream(Iterator[str]):
+    """Pieces of a text as they come. ids: the tokens so far. The engine is free again after the last piece, or close()."""
+
+    def __init__(self, pieces, sequence):
+        self._pieces, self._sequence = pieces, sequence
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self):
+        self._pieces.close()
+
+    @property
+    def ids(self) -> list[int]:
+        return list(self._sequence.ids)
 
 
 class Engine:
@@ -24,25 +45,77 @@ class Engine:
     model: an AdaFuseModel or a bare HuggingFace causal LM of type llama, mistral, qwen2 or qwen3. Its weights are read where they are:
     what is trained or loaded into it later counts. tokenizer: for prompts as strings, text and stop strings. prefill_chunk: tokens of a
     prompt that are run at once. max_seq_len: cut to the positions that the model's rotary embedding serves.
+    kernels: run the steps on the library's kernels (True), which batches of up to 8 take, or in plain PyTorch (False); None: kernels on a
+    GPU. graphs: capture the steps in CUDA graphs, the first time that a batch of such a size and such settings comes; None: on a GPU.
 
     It computes what the model does in evaluation mode, in the model's dtype. One generation at a time.
-    ValueError for a model it does not run, and for sizes below 1.
+    ValueError for a model it does not run, for sizes below 1, and for what kernels and graphs do not take or need; ImportError for kernels
+    without Triton.
     """
 
-    def __init__(self, model, max_seq_len: int = 4096, max_batch: int = 8, *, tokenizer=None, prefill_chunk: int = 512):
+    def __init__(
+        self,
+        model,
+        max_seq_len: int = 4096,
+        max_batch: int = 8,
+        *,
+        tokenizer=None,
+        prefill_chunk: int = 512,
+        kernels: bool | None = None,
+        graphs: bool | None = None,
+    ):
         for name, value in (("max_seq_len", max_seq_len), ("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: allowed is a whole number, 1 or more")
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
-        self._backbone = read_backbone(model)
+        self._backbone = self._read_model()
         self.max_seq_len = min(max_seq_len, self._backbone.max_positions)
+        on_gpu = self._backbone.device.type == "cuda"
+        own = self._runs_blocks()
+        self._kernels, graphs = (
+            on_gpu if each is None else each for each in (kernels if own else kernels or False, graphs)
+        )
         gate = None
-        if isinstance(model, AdaFuseModel):
+        if own and isinstance(model, AdaFuseModel):
             gate = Gate(model.router, model.adafuse_config, len(self._backbone.blocks))
+        self._check_ways(gate, graphs, on_gpu)
         sizes = {"max_seq_len": self.max_seq_len, "max_batch": max_batch, "chunk": prefill_chunk}
-        self._runner = Runner(self._backbone, gate, **sizes)
+        runner = Runner if own else HfRunner
+        self._runner = runner(self._backbone, gate, **sizes, kernels=self._kernels, graphs=graphs)
         self._limits = Limits(self.max_seq_len, max_batch, self._backbone.vocab_size)
+        self._readback = Readback(max_batch, self._backbone.device)
+        # On a GPU a step is queued before the host has read the token of the one before it.
+        self._ahead = 1 if on_gpu else 0
         self._busy = threading.Lock()
+
+    def _runs_blocks(self) -> bool:
+        """Whether the engine runs the blocks itself; other families by their own forward."""
+        return base_of(self.model).config.model_type in MODEL_TYPES
+
+    def _read_model(self):
+        return read_backbone(self.model) if self._runs_blocks() else read_whole(self.model)
+
+    def _check_ways(self, gate, graphs, on_gpu):
+        for name, value in (("kernels", self._kernels), ("graphs", graphs)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r}: allowed are True, False and None (on a GPU)")
+        if graphs and not on_gpu:
+            raise ValueError(
+                f"graphs=True captures CUDA graphs, and the model is on {self._backbone.device}; move it to a GPU"
+            )
+        if self._kernels and not self._runs_blocks():
+            raise ValueError(
+                f'kernels=True is for models of type {", ".join(MODEL_TYPES)}; leave it out, and set model.execution = "fused" for the '
+                "adapter's kernels"
+            )
+        if self._kernels:
+            check_available("fused", self._backbone.device)
+            self._check_kernels(gate)
+
+    def _check_kernels(self, gate):
+        from adafuse.engine.kernels import check_kernels  # here, since it needs Triton
+
+        check_kernels(self._backbone, gate, self.max_batch)
 
     def generate(
         self,
@@ -82,7 +155,7 @@ class Engine:
                 pass
         return [sequence.result(*record.of(row, sequence)) for row, sequence in enumerate(sequences)]
 
-    def stream(self, prompt, *, stop=(), eos_token_id=None, **settings) -> Iterator[str]:
+    def stream(self, prompt, *, stop=(), eos_token_id=None, **settings) -> Stream:
         """The text of one prompt (a string or token ids) in pieces, as soon as they are certain; none is half a character.
 
         settings: those of `Sampling`, as in `generate`. Needs a tokenizer. Checked at once; the engine is in use from the first piece until
@@ -91,7 +164,7 @@ class Engine:
         if self.tokenizer is None:
             raise ValueError("stream yields text, and the engine has no tokenizer; pass Engine(..., tokenizer=...)")
         (sequence,) = self._read([prompt], settings, stop, eos_token_id)
-        return self._pieces(sequence)
+        return Stream(self._pieces(sequence), sequence)
 
     def _pieces(self, sequence):
         with closing(self._run([sequence], Record())) as tokens:
@@ -104,7 +177,7 @@ class Engine:
         return read_requests(prompts, settings, limits=self._limits, tokenizer=self.tokenizer, ends=ends, stop=stop)
 
     def _base(self):
-        return self.model.get_base_model() if isinstance(self.model, AdaFuseModel) else self.model
+        return base_of(self.model)
 
     def _record(self, logprobs, routing):
         count = self._runner.logits.shape[1]
@@ -114,6 +187,10 @@ class Engine:
             raise ValueError(f"logprobs={logprobs!r}: allowed is None or a whole number from 0 to {count}")
         if routing and not self._adapted():
             raise ValueError("return_routing=True: the model has no adapter, or it is disabled, so no token is routed")
+        if routing and self._runner.captures and self._runner.gate is not None and not self._runner.gate.config.scale:
+            raise ValueError(
+                "return_routing=True: the plan of lora_alpha=0 holds no weights; pass Engine(..., graphs=False)"
+            )
         return Record(logprobs, routing)
 
     def _adapted(self) -> bool:
@@ -127,30 +204,48 @@ class Engine:
                 "the engine runs one generation at a time; exhaust or close() the stream that is open, or make another Engine"
             )
         try:
-            adapted = self._prepare()
-            settings, prompts = [each.sampling for each in sequences], [each.prompt for each in sequences]
-            logits = self._runner.logits[: len(sequences)]
-            sampler = Sampler(
-                settings, prompts, ends=sequences[0].ends, vocab_size=logits.shape[1], device=logits.device
-            )
-            for row, prompt in enumerate(prompts):
-                self._runner.prefill(row, prompt, adapted=adapted, routings=record.prompt(row))
-            while True:
-                tokens = self._next(sampler, logits, record)
-                yield [self._append(row, *pair) for row, pair in enumerate(zip(sequences, tokens, strict=True))]
-                if all(each.finish_reason for each in sequences):
-                    return
-                self._runner.step(len(sequences), adapted=adapted, routings=record.steps)
+            yield from self._steps(sequences, record)
         finally:
             self._busy.release()
 
+    def _steps(self, sequences, record):
+        runner, rows, adapted = self._runner, len(sequences), self._prepare(len(sequences))
+        settings, prompts = [each.sampling for each in sequences], [each.prompt for each in sequences]
+        options = {"ends": sequences[0].ends, "vocab_size": runner.logits.shape[1], "device": runner.logits.device}
+        sampler = Sampler(settings, prompts, **options)
+        sampler = runner.begin(rows, sampler, adapted=adapted, switcher=self._switcher(), addresses=self._addresses())
+        for row, prompt in enumerate(prompts):
+            runner.prefill(row, prompt, adapted=adapted, routings=record.prompt(row))
+        runner.sample(sampler)
+        coming, left = deque([self._fetch(rows, record)]), max(each.max_new_tokens for each in settings) - 1
+        runner.start_steps()
+        while True:
+            while left and len(coming) <= self._ahead:
+                runner.step(rows, adapted=adapted, sampler=sampler, routings=record.steps)
+                coming.append(self._fetch(rows, record))
+                left -= 1
+            tokens = coming.popleft()()  # here, and nowhere in a step, the host waits for the device
+            yield [self._append(row, *pair) for row, pair in enumerate(zip(sequences, tokens, strict=True))]
+            if all(each.finish_reason for each in sequences):
+                return
+
     @torch.no_grad()
-    def _next(self, sampler, logits, record) -> list[int]:
-        """The next token of each sequence. Here, and nowhere in a step, the host waits for the device."""
-        tokens = sampler.sample(logits)
-        self._runner.tokens[: len(tokens)].copy_(tokens.clamp(min=0))
-        record.token(logits, tokens)
-        return tokens.tolist()
+    def _fetch(self, rows, record):
+        """The tokens picked last, on their way to the host."""
+        picked = self._runner.picked[:rows]
+        record.token(self._runner.logits[:rows], picked)
+        return self._readback.fetch(picked)
+
+    def _switcher(self):
+        return self.model._gate.switcher if isinstance(self.model, AdaFuseModel) else None
+
+    def _addresses(self):
+        """Looked at where steps are kept from one generation to the next."""
+        if not self._kernels and not self._runner.captures:
+            return ()
+        if not self._runs_blocks():
+            return addresses_of(self.model, self._backbone.dtype)
+        return addresses(self._backbone, self.model.router if isinstance(self.model, AdaFuseModel) else None)
 
     def _append(self, row, sequence, token) -> str:
         if sequence.finish_reason:
@@ -166,20 +261,40 @@ class Engine:
             self._runner.halt(row)
         return piece
 
-    def _prepare(self) -> bool:
+    def _prepare(self, rows) -> bool:
         """Look at the model as it is now. Returns whether experts take part."""
-        if read_backbone(self.model) != self._backbone:
+        if self._read_model() != self._backbone:
             raise ValueError("modules of the model were replaced since the engine was made; make a new Engine for it")
-        if (self._backbone.dtype, self._backbone.device) != (self._runner.cache.dtype, self._runner.cache.device):
+        known = self._runner.logits
+        if (self._backbone.dtype, self._backbone.device) != (known.dtype, known.device):
             raise ValueError(
-                f"the model was moved or cast ({self._runner.cache.dtype} on {self._runner.cache.device} before, {self._backbone.dtype} on "
+                f"the model was moved or cast ({known.dtype} on {known.device} before, {self._backbone.dtype} on "
                 f"{self._backbone.device} now); make a new Engine for it"
             )
+        if not self._runs_blocks() and self.model.training:
+            raise ValueError("a model that is not of the engine's own families runs as it is: call model.eval() first")
+        if self._kernels:
+            self._check_kernels(self._runner.gate)
+        adapted = self._adapted()
         if isinstance(self.model, AdaFuseModel):
-            if self.model.execution == "switch":
-                raise ValueError(
-                    'the weights are switched under execution="switch"; set model.execution = "auto" for the engine'
-                )
+            self._check_switch(rows)
             for bank in self.model.banks.values():
-                bank.drop_pack()  # a write through .data shows in nothing that could be checked
-        return self._adapted()
+                bank.renew_pack(self._backbone.dtype)  # a write through .data shows in nothing that could be checked
+            if self._switcher() is not None:
+                self._switcher().check()
+                self._switcher().restore()  # prompts, and the backbone alone, run on the base's own weights
+        return adapted
+
+    def _check_switch(self, rows):
+        if self.model.execution != "switch":
+            return
+        if not self._kernels and self._runs_blocks():
+            raise ValueError(
+                'execution="switch" merges experts by a kernel, and this engine computes in plain PyTorch; set model.execution = "auto", '
+                "or make an Engine with kernels=True"
+            )
+        if rows > 1:
+            raise ValueError(
+                f'execution="switch" merges one token\'s experts into the weights, so it runs one prompt at a time; got {rows}: set '
+                'model.execution = "auto" for more'
+            )

@@ -13,6 +13,7 @@ from adafuse.layers import AdapterLinear
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.delta import add_delta
 from adafuse.plan import Plan
+from adafuse.router import Routing
 
 
 class Linear(NamedTuple):
@@ -45,7 +46,8 @@ class Gate:
 
     def __init__(self, router, config, num_blocks):
         self.router, self.config, self.num_blocks = router, config, num_blocks
-        self.routing = None  # of the last step: a Routing [1, T, D, K]
+        self.routing = None  # of the last forward in plain PyTorch: a Routing [1, T, D, K]
+        self.written = None  # the plan that kernels wrote last, if they ran since
         self._plans = {}
 
     def plan(self, tokens: int) -> Plan:
@@ -58,10 +60,17 @@ class Gate:
     def route(self, h0: torch.Tensor) -> list[Share]:
         """h0 [T, H], the hidden states that enter block 0 -> the share of each block."""
         plan = self.plan(len(h0))
-        self.routing = self.router(h0[None])
+        self.routing, self.written = self.router(h0[None]), None
         plan.write(self.routing)
         shares = [Share(plan.of_block(d).chosen, h0.dtype) for d in range(self.router.num_decisions)]
         return shares * self.num_blocks if len(shares) == 1 else shares
+
+    def last(self, tokens: int) -> Routing:
+        """A copy of the routing of the first `tokens` tokens of the last forward: [tokens, D, K]."""
+        if self.written is None:
+            return Routing(self.routing.experts[0, :tokens].clone(), self.routing.weights[0, :tokens].clone())
+        experts, weights = (part[:, :tokens].movedim(1, 0) for part in (self.written.experts, self.written.weights))
+        return Routing(experts.long(), weights / self.config.scale)
 
 
 def linears(x: torch.Tensor, group: tuple[Linear, ...], share: Share | None) -> torch.Tensor:

@@ -23,7 +23,7 @@ class Record:
     def token(self, logits, tokens):
         """Note what logits [B, V] say of tokens [B]."""
         if self._top is not None:
-            self._tokens.append(logprobs(logits, tokens.clamp(min=0), self._top))
+            self._tokens.append(logprobs(logits.float(), tokens.clamp(min=0), self._top))
 
     def of(self, row: int, sequence) -> tuple[list[TokenLogprob] | None, Routing | None]:
         """Those of a sequence that has ended."""

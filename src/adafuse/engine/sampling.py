@@ -63,7 +63,7 @@ class Sampler:
         def column(name, dtype=torch.float32):
             return torch.tensor([[getattr(each, name)] for each in settings], dtype=dtype, device=device)
 
-        self.count = 0  # tokens sampled so far
+        self.count = torch.zeros(1, dtype=torch.int64, device=device)  # tokens sampled so far
         temperatures = column("temperature")
         self.greedy = temperatures == 0
         self.temperature = temperatures.masked_fill(self.greedy, 1.0)
@@ -71,33 +71,61 @@ class Sampler:
         self.top_k = column("top_k", torch.int64)
         self.top_k.masked_fill_(self.top_k == 0, vocab_size)
         self.min_new_tokens = column("min_new_tokens", torch.int64)
+        self.ends = self.seen = self.uniform = None
         ends = sorted(end for end in ends if end < vocab_size)
-        self._ends = torch.tensor(ends, dtype=torch.int64, device=device)
-        self._least = max(each.min_new_tokens for each in settings) if ends else 0
-        self._samples = any(each.temperature for each in settings)
-        self._uniform = _draw(settings).to(device) if self._samples else None
-        self._seen = None
+        if ends and any(each.min_new_tokens for each in settings):
+            self.ends = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.ends[torch.tensor(ends, device=device)] = True
+        if any(each.temperature for each in settings):
+            self.uniform = _draw(settings).to(device)
         if any(each.repetition_penalty != 1 for each in settings):
-            self._seen = torch.zeros(len(settings), vocab_size, dtype=torch.bool, device=device)
+            self.seen = torch.zeros(len(settings), vocab_size, dtype=torch.bool, device=device)
             for row, ids in enumerate(prompts):
-                self._seen[row, torch.tensor(ids, device=device)] = True
+                self.seen[row, torch.tensor(ids, device=device)] = True
+
+    @classmethod
+    def room(cls, rows: int, longest: int, vocab_size: int, device) -> Sampler:
+        """One that has room for whatever `take` is given: up to so many rows, of up to `longest` new tokens."""
+        room = cls([Sampling()] * rows, [], ends=(), vocab_size=vocab_size, device=device)
+        room.ends = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        room.seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
+        room.uniform = torch.zeros(rows, longest, device=device)
+        return room
+
+    def take(self, other: Sampler):
+        """Become another in its first rows, in the same buffers. The rows past them go on as they are: nobody reads them."""
+        rows = len(other.greedy)
+        self.count.copy_(other.count)
+        for name in ("greedy", "temperature", "top_p", "penalty", "top_k", "min_new_tokens"):
+            getattr(self, name)[:rows].copy_(getattr(other, name))
+        self.ends.zero_() if other.ends is None else self.ends.copy_(other.ends)
+        self.seen.zero_()
+        if other.seen is not None:
+            self.seen[:rows].copy_(other.seen)
+        if other.uniform is not None:
+            self.uniform[:rows, : other.uniform.shape[1]].copy_(other.uniform)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it takes the largest logit of every row and does nothing else."""
+        return self.ends is None and self.seen is None and self.uniform is None
 
     def sample(self, logits: torch.Tensor) -> torch.Tensor:
         """logits [B, V] fp32 -> tokens [B] int64; -1 where the logits are NaN or infinite. No wait for the device."""
         finite = logits.amax(-1).isfinite()
         scores = logits
-        if self._seen is not None:
-            scores = torch.where(self._seen, penalised(scores, self.penalty), scores)
-        if self.count < self._least:
-            barred = scores.index_fill(1, self._ends, -torch.inf)
-            scores = torch.where(self.min_new_tokens > self.count, barred, scores)
+        if self.seen is not None:
+            scores = torch.where(self.seen, penalised(scores, self.penalty), scores)
+        if self.ends is not None:
+            scores = scores.masked_fill((self.min_new_tokens > self.count) & self.ends, -torch.inf)
         tokens = scores.argmax(-1)
-        if self._samples:
+        if self.uniform is not None:
             below = scores - scores.amax(-1, keepdim=True)  # a small temperature must not make them infinite
-            drawn = draw(below / self.temperature, self.top_k, self.top_p, self._uniform[:, self.count, None])
+            now = self.count.clamp(max=self.uniform.shape[1] - 1)  # a step past the last token is thrown away
+            drawn = draw(below / self.temperature, self.top_k, self.top_p, self.uniform.index_select(1, now))
             tokens = torch.where(self.greedy[:, 0], tokens, drawn)
-        if self._seen is not None:
-            self._seen.scatter_(1, tokens[:, None], True)
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
         self.count += 1
         return tokens.where(finite, -1)
 

@@ -1,0 +1,352 @@
+"""Time of one more token, whole models: the engine, HuggingFace, merging, and the peers' layer-wise routing. One run, one GPU.
+
+    adafuse bench decode --out benchmarks/results/h100/decode.json
+    adafuse bench decode --out benchmarks/results/h100/decode.json --append --model mistral-7b --context 256 4096 --batch 1 4 8
+    adafuse bench decode --out /tmp/some.json --only engine/backbone engine/fused_r64 --profile
+    adafuse bench decode --tiny --out /tmp/tiny.json        # the plumbing, on a CPU
+
+Random weights in bf16, 8 experts, 2 a token, all linears, greedy. Every row samples; then the next token is put in its place from a fixed
+list whose experts change at every step, and copied to the host one step behind: a sample is the time from one such copy to the
+next. Rows are written only if their logits are right.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from fnmatch import fnmatch
+from functools import partial
+from itertools import pairwise, product
+from pathlib import Path
+
+import record
+import torch
+from contestants import EngineRun, HfRun, MergePerMatrix, Without
+from layerwise import LayerwiseStep, modules_of
+from shapes import SHAPES
+from stack import relative_error
+from timing import best_read_times
+from whole_models import (
+    BASELINES,
+    EXPERTS,
+    TINY,
+    TOP_K,
+    adapted,
+    base_model,
+    bytes_of_a_token,
+    forced_tokens,
+    with_baseline,
+)
+
+from adafuse.engine.backbone import read_backbone
+
+LIMIT = 5e-2  # relative RMS error of bf16 logits behind all blocks
+ROUNDED = 1e-1  # where experts are rounded into the weights, or the router's weights to bf16
+LONG, SHORT = 128, 24  # new tokens; SHORT where one takes hundreds of milliseconds
+WARMUP = 8  # tokens that are not counted
+ROWS = (
+    "roofline", "hf/eager", "hf/compiled", "engine/backbone", "engine/fused_r64", "engine/fused_r16", "engine/switch_pristine",
+    "engine/switch_in_place", "engine/merge_per_matrix", "graphed/layerwise_ours", "published/layerwise", "published/mola",
+    "published/pesc", "graphed/layerwise", "graphed/mola", "graphed/pesc",
+)  # fmt: skip
+
+
+class Bench:
+    """One model, context and batch: the base, the prompts, the tokens that are forced, and the rows so far."""
+
+    def __init__(self, model, context, batch, device, only, profile=False, compile_mode=None, until=None):
+        self.case = {"model": model, "context": context, "batch": batch}
+        self.context, self.batch, self.device = context, batch, device
+        self.only, self.profile, self.compile_mode, self.until = only, profile, compile_mode, until
+        self.tiny = device == "cpu"
+        self.new, self.short = (4, 4) if self.tiny else (LONG, SHORT)
+        self.base = base_model(model, device)
+        self.backbone = read_backbone(self.base)
+        shape, generator = SHAPES[model], torch.Generator().manual_seed(0)
+        self.ids = torch.randint(0, shape["vocab_size"], (batch, context), generator=generator).to(device)
+        self.router = torch.randn(EXPERTS, shape["hidden_size"], generator=generator).to(device)
+        self.forced = forced_tokens(self.backbone.embeddings, self.router, batch, self.new, generator)
+        self.rows, self.samples, self.logits = {}, {}, {}
+
+    def wants(self, name):
+        if not any(fnmatch(name, pattern) for pattern in self.only):
+            return False
+        if self.until is not None and time.time() > self.until:
+            print(f"{name}: left out, the time is over", flush=True)
+            return False
+        return True
+
+    # --- measuring ---------------------------------------------------------------------------------------------------
+
+    def times(self, run, count):
+        """Milliseconds of each of `count` tokens, after some that are not counted."""
+        host = [torch.zeros(self.batch, dtype=torch.int64, pin_memory=not self.tiny) for _ in range(4)]
+        stamps = []
+        for n in range(count):
+            run.token.copy_(self.forced[n])
+            run.step()
+            if n == 0:
+                self.first = run.logits.float().clone()
+            host[n % 4].copy_(run.picked, non_blocking=True)
+            stamps.append(self._stamp())
+            if n and not self.tiny:
+                stamps[n - 1].synchronize()  # the host reads a token while the next is computed
+        if self.tiny:
+            return [1e3 * (b - a) for a, b in pairwise(stamps)]
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in pairwise(stamps)][WARMUP:]
+
+    def _stamp(self):
+        if self.tiny:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, name, run, count=None, vs=(), exact=None, limit=LIMIT, **case):
+        """Time a contestant and make its rows. vs: the rows it is compared with, if they are there. exact: logits it should have."""
+        start, count = time.time(), count or self.new
+        samples = self.times(run, count)
+        if not torch.isfinite(self.first).all():
+            raise SystemExit(f"{name}: logits are no numbers")
+        if exact is not None:
+            check(name, relative_error(self.first, exact.double()), limit)
+        self.logits[name], self.samples[name] = self.first, samples
+        self.add_row(name, samples, vs, new_tokens=count, **case)
+        print(f"{name}: {time.time() - start:.0f} s", flush=True)
+        if self.profile and not self.tiny:
+            self.add_profile(name, run)
+
+    def add_row(self, name, samples, vs=(), unit="ms", **case):
+        found = [self.rows[other] for other in vs if other in self.rows]
+        case = {**self.case, **case}
+        self.rows[name] = record.row(name, case, samples, unit, vs=found[0] if found else None)
+        for other in found[1:]:
+            again = f"{name}_vs_{other['name'].rpartition('/')[2]}"
+            self.rows[again] = record.row(again, case, samples, unit, vs=other)
+
+    def add_profile(self, name, run):
+        """Kernels a token launches, and how long they run, one by one (those that start early wait within that time)."""
+        from torch.profiler import ProfilerActivity, profile
+
+        run.token.copy_(self.forced[0])
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            run.step()
+            torch.cuda.synchronize()
+        kernels = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        busy = sum(event.self_device_time_total for event in kernels) / 1e3
+        self.add_row(f"profile/{name}/launches", [len(kernels)] * 2, unit="launches")
+        self.add_row(f"profile/{name}/kernels", [busy] * 2, vs=(name,))
+
+    # --- the rows ----------------------------------------------------------------------------------------------------
+
+    def run(self):
+        self.hf_rows()
+        self.engine_rows()
+        for name in BASELINES:
+            self.baseline_rows(name)
+        return list(self.rows.values())
+
+    def hf_rows(self):
+        if self.wants("hf/eager") or self.wants("engine/backbone"):
+            self.add("hf/eager", HfRun(self.base, self.ids, self.new, "eager"))
+        if self.wants("hf/compiled"):
+            how = "graphed" if self.tiny else "compiled"
+            run = HfRun(self.base, self.ids, self.new, how, self.compile_mode)
+            self.add("hf/compiled", run, vs=("hf/eager",), exact=self.logits.get("hf/eager"))
+            del run
+            torch.compiler.reset()
+        free()
+
+    def engine_rows(self):
+        if self.wants("roofline") and not self.tiny:
+            self.roofline()
+        if self.wants("engine/backbone"):
+            self.add(
+                "engine/backbone",
+                EngineRun(self.base, self.ids, self.new),
+                vs=("hf/compiled", "roofline"),
+                exact=self.logits["hf/eager"],
+            )
+            free()
+            if self.profile:
+                self.ablations("engine/backbone", self.base)
+        for r in (64, 16):
+            if self.wants(f"engine/fused_r{r}") or (r == 64 and self._wants_merging()):
+                self.adapted_rows(r)
+
+    def _wants_merging(self):
+        names = ("engine/switch_pristine", "engine/switch_in_place", "engine/merge_per_matrix")
+        return self.batch == 1 and any(self.wants(name) for name in names)
+
+    def adapted_rows(self, r):
+        model = adapted(self.base, r // 16 if self.tiny else r, self.router)
+        mixture = {"num_experts": EXPERTS, "r": model.adafuse_config.r, "top_k": TOP_K}
+        self.times(HfRun(model, self.ids, self.new, "eager"), 1)
+        exact = self.first
+        if self.wants(f"engine/fused_r{r}"):
+            run = EngineRun(model, self.ids, self.new)
+            others = ("engine/backbone", f"roofline_r{r}", "hf/compiled")
+            self.add(f"engine/fused_r{r}", run, vs=others, exact=exact, **mixture)
+            del run
+            free()
+            if self.profile:
+                self.ablations(f"engine/fused_r{r}", model)
+        if r == 64 and self.batch == 1:
+            self.merging_rows(model, exact, mixture)
+        model.detach()
+        free()
+
+    def merging_rows(self, model, exact, mixture):
+        vs = ("engine/fused_r64", "engine/backbone")
+        for source in ("pristine", "in_place"):
+            if self.wants(f"engine/switch_{source}"):
+                model.switch_source = source
+                model.execution = "switch"
+                run = EngineRun(model, self.ids, self.new)
+                self.add(f"engine/switch_{source}", run, count=self.short, vs=vs, exact=exact, limit=ROUNDED, **mixture)
+                del run
+                model.execution = "auto"
+                free()
+        if self.wants("engine/merge_per_matrix"):
+            run = EngineRun(model, self.ids, self.new, make_step=MergePerMatrix)
+            self.add("engine/merge_per_matrix", run, count=self.short, vs=vs, exact=exact, limit=ROUNDED, **mixture)
+            run.runner._steps[self.batch, True].restore()
+            del run
+            free()
+
+    def ablations(self, name, model):
+        """What the parts of a token's time are: attention and the small kernels by a step without them, the adapters against the
+        backbone alone; what is left are the base's linears, routing, head and sampling."""
+        whole = self.rows[name]["median"]
+        parts = {}
+        for part in ("attention", "between"):
+            run = EngineRun(model, self.ids, self.new, make_step=partial(Without, leave_out=(part,)))
+            parts[part] = [whole - each for each in self.times(run, self.new)]
+            del run
+            free()
+        if model is not self.base and "engine/backbone" in self.rows:
+            parts["adapters"] = [each - self.rows["engine/backbone"]["median"] for each in self.samples[name]]
+        taken = sum(statistics.median(part) for part in parts.values())
+        parts["rest"] = [each - taken for each in self.samples[name]]
+        for part, samples in parts.items():
+            self.add_row(f"profile/{name}/{part}", samples, vs=(name,))
+
+    def baseline_rows(self, name):
+        rows = [how for how in ("published", "graphed") if self.wants(f"{how}/{name}")]
+        ours = name == "layerwise" and self.wants("graphed/layerwise_ours")
+        if not rows and not ours:
+            return
+        model, config = with_baseline(self.base, name, self.tiny)
+        vs, short = ("hf/compiled", "engine/fused_r64"), self.short
+        names = ("num_experts", "top_k", "r", "bottleneck", "lora_r")
+        mixture = {key: getattr(config, key) for key in names if hasattr(config, key)}
+        for how, row_vs in (("published", ("hf/eager", *vs)), ("graphed", vs)):
+            if how in rows:
+                model.execution = how.replace("graphed", "graph")
+                run = HfRun(model, self.ids, short, "eager" if how == "published" else "graphed")
+                self.add(
+                    f"{how}/{name}", run, count=short, vs=row_vs, exact=self.logits.get(f"published/{name}"), **mixture
+                )
+                del run
+                free()
+        if ours:
+            self.layerwise_ours(model, config, vs, mixture)
+        model.detach()
+        del model
+        free()
+
+    def layerwise_ours(self, model, config, vs, mixture):
+        """Its logits are compared where the cache holds no other prompt than these tokens."""
+        modules = modules_of(self.base, len(self.backbone.blocks))
+        make = partial(_layerwise_step, modules, config)
+        model.execution = "graph"
+        exact = model(input_ids=self.forced[:4].T).logits[:, -1].double()
+        run = EngineRun.of_backbone(self.backbone, self.ids, self.new, make)
+        run.runner.positions[: self.batch] = 0
+        for n in range(4):
+            run.token.copy_(self.forced[n])
+            run.step()
+        check("graphed/layerwise_ours", relative_error(run.logits.float(), exact), ROUNDED)
+        run.runner.positions[: self.batch] = self.context
+        self.add("graphed/layerwise_ours", run, vs=(*vs, "graphed/layerwise"), **mixture)
+        del run
+        free()
+
+    def roofline(self):
+        """The bytes that one token must read, over the best bandwidth of this run."""
+        buffer = torch.empty(1 << 31, dtype=torch.bfloat16, device=self.device)
+        per_byte = [sample / (2 * buffer.numel()) for sample in best_read_times(buffer)]
+        del buffer
+        free()
+        found = bytes_of_a_token(self.backbone, self.batch, self.context + self.new // 2)
+        for name, moved in found.items():
+            self.add_row(name, [moved * each for each in per_byte], gigabytes=round(moved / 1e9, 3))
+
+
+def _layerwise_step(modules, config, backbone, gate, cache, rotary, logits):
+    return LayerwiseStep(backbone, modules, config, cache, rotary, logits)
+
+
+def check(name, error, limit=LIMIT):
+    print(f"{name}: relative error {error:.1e}", flush=True)
+    if not error < limit:
+        raise SystemExit(f"{name}: relative error {error:.1e} is over {limit}; no timing is worth anything")
+
+
+def free():
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def append(path, rows):
+    """Rows of further cases to a file of the same machine and commit."""
+    env, known = record.environment(), json.loads(Path(path).read_text()) if Path(path).is_file() else None
+    if known is None:
+        return rows
+    if differing := [key for key in ("gpu", "driver", "torch", "triton", "git") if known["env"][key] != env[key]]:
+        raise SystemExit(f"{path} is of another {differing[0]} ({known['env'][differing[0]]}); write to another file")
+    cases = {json.dumps([row["name"], row["case"]], sort_keys=True) for row in rows}
+    return [r for r in known["rows"] if json.dumps([r["name"], r["case"]], sort_keys=True) not in cases] + rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    parser.add_argument("--append", action="store_true", help="keep the rows of other cases that the file has")
+    parser.add_argument("--only", nargs="+", default=["*"], help=f"rows, patterns allowed: {', '.join(ROWS)}")
+    parser.add_argument("--model", nargs="+", choices=[*SHAPES], default=["llama-2-7b"])
+    parser.add_argument("--context", nargs="+", type=int, default=[256], help="tokens of the prompt")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], choices=(1, 2, 4, 8))
+    parser.add_argument("--minutes", type=float, help="rows that would begin later are left out")
+    parser.add_argument(
+        "--profile", action="store_true", help="launches, and what parts of a step cost, as rows of their own"
+    )
+    parser.add_argument("--compile-mode", help="torch.compile's, for hf/compiled")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a toy model on a CPU: checks the plumbing, measures nothing"
+    )
+    args = parser.parse_args()
+    if unknown := [each for each in args.only if not any(fnmatch(name, each) for name in ROWS)]:
+        parser.error(f"--only {unknown[0]} names no row; there are {', '.join(ROWS)}")
+    if not args.tiny and not torch.cuda.is_available():
+        parser.error("this needs a CUDA GPU; --tiny checks the plumbing without one")
+    if args.tiny:
+        SHAPES["tiny"] = TINY
+        args.model, args.context = ["tiny"], [20]
+    torch.set_grad_enabled(False)
+    until = time.time() + 60 * args.minutes if args.minutes else None
+    rows = []
+    for case in product(args.model, args.context, args.batch):
+        options = {"profile": args.profile, "compile_mode": args.compile_mode, "until": until}
+        rows += Bench(*case, "cpu" if args.tiny else "cuda", args.only, **options).run()
+        free()
+        # After every case, so that what was measured is there if a later one fails.
+        record.write(args.out, append(args.out, rows) if args.append else rows)
+
+
+if __name__ == "__main__":
+    main()

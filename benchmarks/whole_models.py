@@ -1,0 +1,96 @@
+"""What the decoding benchmark runs: models with random weights, adapters on them, the tokens that are forced, the bytes of a token."""
+
+from dataclasses import replace
+
+import torch
+from shapes import SHAPES
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from adafuse import AdaFuseConfig, AdaFuseModel
+from adafuse.baselines import LayerwiseConfig, LayerwiseModel, PescConfig, PescModel
+
+EXPERTS, TOP_K = 8, 2
+TINY = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 97,
+}  # fmt: skip
+BASELINES = {
+    "layerwise": (LayerwiseModel, LayerwiseConfig(r=64, num_experts=EXPERTS, top_k=TOP_K, lora_dropout=0.0)),
+    "mola": (LayerwiseModel, LayerwiseConfig(r=64, num_experts=(2, 4, 6, 8), top_k=TOP_K, lora_dropout=0.0)),
+    "pesc": (PescModel, PescConfig(num_experts=EXPERTS, top_k=TOP_K, adapter_dropout=0.0, lora_dropout=0.0)),
+}
+TINY_BASELINES = {
+    "layerwise": {"r": 4},
+    "mola": {"r": 4, "num_experts": (2, 8)},
+    "pesc": {"bottleneck": 4, "lora_r": 4},
+}
+
+
+def base_model(name, device):
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    kinds = {"mistral": (MistralConfig, MistralForCausalLM)}
+    config, cls = kinds.get(name.partition("-")[0], (LlamaConfig, LlamaForCausalLM))
+    more = {"sliding_window": None} if cls is MistralForCausalLM else {}
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = cls(config(**SHAPES[name], max_position_embeddings=8192, **more))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.generation_config.eos_token_id = None
+    return model.eval().requires_grad_(False)
+
+
+def adapted(base, r, router):
+    """An AdaFuseModel whose experts add about a sixth of what the linears give, so that a wrong one shows."""
+    model = AdaFuseModel(base, AdaFuseConfig(r=r, num_experts=EXPERTS, top_k=TOP_K)).eval()
+    model.router.weight.copy_(router)
+    for bank in model.banks.values():
+        bank.b.normal_(std=0.3 / r**0.5)
+    return model
+
+
+def with_baseline(base, name, tiny):
+    """(model, config) of a peer's method."""
+    cls, config = BASELINES[name]
+    config = replace(config, **TINY_BASELINES[name]) if tiny else config
+    model = cls(base, config).eval()
+    for key, tensor in model.adapter_tensors().items():
+        if key.endswith(("experts_b", "shared_b")):
+            tensor.normal_(std=0.02)
+    return model, config
+
+
+def forced_tokens(embeddings, router, batch, count, generator):
+    """[count, B]: of every row, tokens whose experts are others than those of the token before."""
+    vocab = embeddings.weight.shape[0]
+    ids = torch.randperm(vocab, generator=generator)[:4096].to(router.device)
+    h0 = embeddings(ids).float()
+    logits = (h0 * torch.rsqrt(h0.square().mean(-1, keepdim=True) + 1e-6)) @ router.T
+    sets = [tuple(sorted(each)) for each in logits.topk(TOP_K, dim=-1).indices.tolist()]
+    rows = []
+    for row in range(batch):
+        taken, at = [], row * 17
+        while len(taken) < count:
+            at = (at + 1) % len(sets)
+            if not taken or sets[at] != sets[taken[-1]]:
+                taken.append(at)
+        rows.append(ids[taken])
+    return torch.stack(rows, dim=1)
+
+
+def bytes_of_a_token(backbone, batch, cached):
+    """What one step must read in bf16, by row: weights, `cached` keys and values of every sequence, and chosen experts.
+
+    Of a batch as many experts as it can reach.
+    """
+    linears = [linear for block in backbone.blocks for linear in (*block.qkv, *block.o, *block.gate_up, *block.down)]
+    sizes = [linear.base.weight.shape for linear in linears]
+    weights = sum(o * i for o, i in sizes) + backbone.head.weight.numel()
+    heads = backbone.num_kv_heads * backbone.head_dim * len(backbone.blocks)
+    numbers = {"roofline": weights + 2 * heads * batch * cached}
+    for r in (64, 16):
+        active = min(EXPERTS, TOP_K * batch) * r * sum(o + i for o, i in sizes)
+        numbers[f"roofline_r{r}"] = numbers["roofline"] + active
+    return {name: 2 * count for name, count in numbers.items()}

@@ -1,0 +1,45 @@
+"""graph: steps captured in CUDA graphs, by what they do, and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+WARMUP = 2  # runs before a capture: kernels are compiled and loaded in the first
+
+
+class Graphs:
+    """CUDA graphs of one device, by name, in one memory pool. What a graph reads and writes must stay where it is."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._graphs = device, {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __contains__(self, name) -> bool:
+        return name in self._graphs
+
+    @torch.no_grad()
+    def capture(self, name, run: Callable[[], None]):
+        """Run `run` twice, then capture it. It must not wait for the device, nor allocate what outlives it."""
+        with torch.cuda.device(self._device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARMUP):
+                    run()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                run()
+        self._graphs[name] = graph
+
+    def replay(self, name):
+        with torch.cuda.device(self._device):
+            self._graphs[name].replay()
+
+    def clear(self):
+        """Forget all: what they read has moved. A pool whose graphs are gone must not be captured into again: what is left alive in it
+        (a routing that someone holds) keeps it from being made anew."""
+        self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle()

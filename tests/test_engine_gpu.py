@@ -1,0 +1,227 @@
+"""What only a GPU can show of the engine: graphs that replay what runs eagerly, no host sync, early launches that wait, flat memory.
+
+That its tokens are those of HuggingFace is shown by test_engine_kernels.py, which takes graphs where there is a GPU.
+"""
+
+import gc
+
+import pytest
+import torch
+from engine_models import adapted, generated, prompt
+from families import family, fill
+from transformers import LlamaConfig, LlamaForCausalLM
+
+pytest.importorskip("triton")
+
+from test_attend_op import a_case as attention_case
+from test_decode_op import nan, relative_error
+from test_gpu_kernels import write_late
+
+from adafuse import AdaFuseConfig, AdaFuseModel, Engine
+from adafuse.engine.sampling import Sampler, Sampling
+from adafuse.ops.attend import Room, attend, attend_ref
+from adafuse.ops.decode import decode
+from adafuse.ops.norm import add_norm, norm_ref, swiglu, swiglu_ref
+from adafuse.ops.pick import pick, room
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+VOCAB = 5000
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "vocab_size": VOCAB}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 2048}
+    base = LlamaForCausalLM(LlamaConfig(**shape, **heads, eos_token_id=None, bos_token_id=None))
+    found = AdaFuseModel(base, AdaFuseConfig(r=16, num_experts=8, routing="layer", shared_rank=4))
+    for bank in found.banks.values():
+        torch.nn.init.normal_(bank.b, std=0.05)
+    return found.to("cuda", torch.bfloat16).eval()
+
+
+def engine(model, **options):
+    return Engine(model, **{"max_seq_len": 1024, "prefill_chunk": 256, **options})
+
+
+def prompts(*lengths):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+SAMPLED = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 5, "min_new_tokens": 4}
+
+
+@pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("lengths", [(300,), (300, 5, 77), (9, 300, 40, 1, 2)], ids=["1", "3", "5"])
+def test_a_replayed_graph_is_the_eager_step(model, lengths, settings):
+    """To the bit: the same kernels on the same numbers, with the batch padded."""
+    options = {"max_new_tokens": [60, 5, 40, 30, 6][: len(lengths)], "eos_token_id": (), "logprobs": 3, **settings}
+    captured = engine(model).generate(prompts(*lengths), **options)
+    assert captured == engine(model, graphs=False).generate(prompts(*lengths), **options)
+    assert len({token for each in captured for token in each.ids}) > 10
+
+
+def test_in_bf16_texts_part_only_where_the_top_two_are_within_rounding(model):
+    for ids in prompts(100, 30, 7):
+        mine, theirs = (
+            engine(model).generate([ids], max_new_tokens=100, eos_token_id=())[0].ids,
+            generated(model, ids, 100),
+        )
+        place = next((n for n, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]), None)
+        if place is not None:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids + mine[:place]], device="cuda")).logits[0, -1].float()
+            best, second = logits.topk(2).values
+            assert best - second < 8 * 2**-8 * logits.abs().max()
+            assert {mine[place], theirs[place]} <= set(logits.topk(4).indices.tolist())
+
+
+def test_plain_pytorch_in_a_graph_is_the_eager_step(model):
+    options = {"max_new_tokens": 30, "eos_token_id": ()}
+    captured = engine(model, kernels=False).generate(prompts(40, 7), **options)
+    eager = engine(model, kernels=False, graphs=False).generate(prompts(40, 7), **options)
+    assert [each.ids for each in captured] == [each.ids for each in eager]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt2", "opt-projected"])
+@pytest.mark.parametrize("execution", ["reference", "fused"])
+def test_another_family_in_a_graph_is_the_eager_step(name, execution):
+    other = AdaFuseModel(family(name).build(), AdaFuseConfig(r=2, num_experts=4, routing="layer"))
+    fill(other)
+    other.cuda().eval().execution = execution
+    ids, options = (
+        [prompt(20), prompt(5, 1), prompt(33, 2)],
+        {"max_new_tokens": 30, "eos_token_id": (), "return_routing": True},
+    )
+    captured = Engine(other, max_seq_len=64, max_batch=4).generate(ids, **options)
+    eager = Engine(other, max_seq_len=64, max_batch=4, graphs=False).generate(ids, **options)
+    for mine, theirs in zip(captured, eager, strict=True):
+        assert mine.ids == theirs.ids == generated(other, mine.prompt_ids, 30)
+        assert torch.equal(mine.routing.experts, theirs.routing.experts)
+        assert torch.equal(
+            mine.routing.experts, other.route(torch.tensor([mine.prompt_ids + mine.ids[:-1]]).cuda()).experts[0]
+        )
+
+
+def test_one_engine_serves_batches_settings_and_weights_in_turn(model):
+    one, options = engine(model), {"max_new_tokens": 20, "eos_token_id": ()}
+
+    def fresh(ids, **more):
+        return engine(model, graphs=False).generate(ids, **options, **more)
+
+    for lengths in ((30,), (30, 5), (70,)):
+        for settings in ({}, SAMPLED):
+            assert one.generate(prompts(*lengths), **options, **settings) == fresh(prompts(*lengths), **settings)
+    bank = next(iter(model.banks.values()))
+    bank.b.data.mul_(-1)
+    assert one.generate(prompts(30), **options) == fresh(prompts(30))
+    model.eval()  # drops the casts that the graphs read
+    ballast = [torch.full((1 << n,), torch.nan, device="cuda") for n in range(10, 24)]  # takes the memory they had
+    assert one.generate(prompts(30), **options) == fresh(prompts(30))
+    del ballast
+    with model.disable_adapter():
+        assert one.generate(prompts(30), **options) == fresh(prompts(30))
+    bank.b.data.mul_(-1)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_step_does_not_wait_for_the_device(model, graphs, settings):
+    one = engine(model, graphs=graphs)
+    sampling = {"max_new_tokens": 9, "eos_token_id": (), **settings}
+    one.generate(prompts(20), **sampling)
+    runner = one._runner
+    sampling.pop("eos_token_id")
+    sampler = Sampler([Sampling(**sampling)], prompts(20), ends=(), vocab_size=VOCAB, device="cuda")
+    with torch.no_grad():
+        sampler = runner.begin(1, sampler, adapted=True, addresses=one._addresses())
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                runner.step(1, adapted=True, sampler=sampler)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+# --- kernels that start early --------------------------------------------------------------------------------------------
+
+
+def late(source):
+    """A tensor that a kernel writes much later, while it lets the one behind it start."""
+    target = nan(*source.shape, dtype=source.dtype)
+    write_late(target.clone(), source)  # compiled ahead
+    torch.cuda.synchronize()
+    write_late(target, source)
+    return target
+
+
+@pytest.mark.parametrize("times", range(3))
+def test_norm_waits_and_passes_the_wait_on(times):
+    """A late y, its norm, and a linear that reads the norm."""
+    y, residual, weight = (torch.randn(2, 4096, device="cuda").bfloat16() for _ in range(3))
+    weight, matrix = weight[0].contiguous(), torch.randn(512, 4096, device="cuda").bfloat16() / 64
+    exact = norm_ref(y.double() + residual.double(), weight.double(), 1e-5)
+    for warm in (True, False):
+        rest, out, last = residual.clone(), nan(2, 4096, dtype=y.dtype), nan(2, 512, dtype=y.dtype)
+        given = y if warm else late(y)
+        add_norm(given, rest, weight, out, eps=1e-5, pdl=True)
+        decode(out, (matrix,), last, pdl=True)
+        torch.cuda.synchronize()
+    assert relative_error(out, exact.cpu()) < 1e-2
+    assert relative_error(last, (exact @ matrix.double().T).cpu()) < 1e-2
+
+
+@pytest.mark.parametrize("times", range(3))
+def test_attention_waits_for_its_queries(times):
+    qkv, cache, at, rotary, _ = attention_case(8, 2, 128, 600, (599, 0, 300), torch.bfloat16)
+    room_for = Room.make(cache, 8)
+    exact = attend_ref(qkv.double(), cache.double(), at, rotary.double(), scaling=0.3)
+    for warm in (True, False):
+        out = nan(3, 8 * 128, dtype=qkv.dtype)
+        given = qkv if warm else late(qkv)
+        attend(given, cache, at, rotary, out, room_for, scaling=0.3, pdl=True)
+        torch.cuda.synchronize()
+    assert relative_error(out, exact.cpu()) < 1e-2
+
+
+@pytest.mark.parametrize("times", range(3))
+def test_activation_and_pick_wait(times):
+    gate_up, logits = torch.randn(2, 5000, device="cuda").bfloat16(), torch.randn(2, 32000, device="cuda").bfloat16()
+    place = room(2, 32000, "cuda")
+    for warm in (True, False):
+        out, tokens = nan(2, 2500, dtype=gate_up.dtype), torch.zeros(2, 2, dtype=torch.int64, device="cuda")
+        swiglu(gate_up if warm else late(gate_up), out, pdl=True)
+        pick(logits if warm else late(logits), *tokens, place, pdl=True)
+        torch.cuda.synchronize()
+    assert relative_error(out, swiglu_ref(gate_up.double()).cpu()) < 1e-2
+    assert tokens.tolist() == [logits.float().argmax(-1).tolist()] * 2
+
+
+# --- memory --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_thousand_generations_leave_memory_flat():
+    one = Engine(adapted(routing="layer").to("cuda", torch.bfloat16), max_seq_len=64, max_batch=2, prefill_chunk=16)
+
+    def generations(count):
+        for n in range(count):
+            settings = {} if n % 2 else {"temperature": 1.0, "top_p": 0.9}
+            one.generate([[1, 2, 3], [4]][: 1 + n % 3 // 2], max_new_tokens=4, eos_token_id=(), **settings)
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    before = generations(12)
+    assert generations(1000) == before
+
+
+def test_an_interrupt_leaves_the_engine_usable(model):
+    one = engine(model)
+    wanted = one.generate(prompts(30), max_new_tokens=30, eos_token_id=())
+    pieces = one._run(one._read(prompts(30), {"max_new_tokens": 30}, (), ()), one._record(None, False))
+    for _ in range(5):
+        next(pieces)
+    pieces.close()  # with a step under way
+    assert one.generate(prompts(30), max_new_tokens=30, eos_token_id=()) == wanted
