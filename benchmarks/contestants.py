@@ -67,7 +67,7 @@ class EngineRun:
     def __init__(self, model, ids, new, make_step=None):
         batch, length = ids.shape
         sizes = {"max_seq_len": length + new, "max_batch": batch, "prefill_chunk": min(512, length)}
-        engine = Engine(model, **sizes, kernels=True, graphs=None if make_step is None else False)
+        engine = Engine(model, **sizes, kernels=True, graphs=make_step is None and torch.cuda.is_available())
         adapted = engine._prepare(batch)
         options = {"switcher": engine._switcher(), "addresses": engine._addresses()}
         self._start(engine._runner, ids, adapted, make_step, options)

@@ -18,7 +18,9 @@ def a_generation():
     model = AdaFuseModel(
         LlamaForCausalLM(LlamaConfig(**base, num_key_value_heads=2)), AdaFuseConfig(r=2, num_experts=4)
     )
-    engine = Engine(model.to("cuda", torch.bfloat16), max_seq_len=64, max_batch=2, prefill_chunk=16)
+    engine = Engine(
+        model.to("cuda", torch.bfloat16), max_seq_len=64, max_batch=2, prefill_chunk=16, kernels=True, graphs=True
+    )
     engine.generate([[1, 2, 3], list(range(30))], max_new_tokens=4, eos_token_id=())
     engine.generate([[1, 2, 3]], max_new_tokens=4, eos_token_id=(), temperature=1.0, repetition_penalty=1.1)
 

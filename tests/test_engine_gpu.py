@@ -42,7 +42,7 @@ def model():
 
 
 def engine(model, **options):
-    return Engine(model, **{"max_seq_len": 1024, "prefill_chunk": 256, **options})
+    return Engine(model, **{"max_seq_len": 1024, "prefill_chunk": 256, "kernels": True, "graphs": True, **options})
 
 
 def prompts(*lengths):
@@ -95,8 +95,8 @@ def test_another_family_in_a_graph_is_the_eager_step(name, execution):
         [prompt(20), prompt(5, 1), prompt(33, 2)],
         {"max_new_tokens": 30, "eos_token_id": (), "return_routing": True},
     )
-    captured = Engine(other, max_seq_len=64, max_batch=4).generate(ids, **options)
-    eager = Engine(other, max_seq_len=64, max_batch=4, graphs=False).generate(ids, **options)
+    captured = Engine(other, max_seq_len=64, max_batch=4, graphs=True).generate(ids, **options)
+    eager = Engine(other, max_seq_len=64, max_batch=4).generate(ids, **options)
     for mine, theirs in zip(captured, eager, strict=True):
         assert mine.ids == theirs.ids == generated(other, mine.prompt_ids, 30)
         assert torch.equal(mine.routing.experts, theirs.routing.experts)
@@ -203,7 +203,14 @@ def test_activation_and_pick_wait(times):
 
 
 def test_a_thousand_generations_leave_memory_flat():
-    one = Engine(adapted(routing="layer").to("cuda", torch.bfloat16), max_seq_len=64, max_batch=2, prefill_chunk=16)
+    one = Engine(
+        adapted(routing="layer").to("cuda", torch.bfloat16),
+        max_seq_len=64,
+        max_batch=2,
+        prefill_chunk=16,
+        kernels=True,
+        graphs=True,
+    )
 
     def generations(count):
         for n in range(count):

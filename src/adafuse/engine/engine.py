@@ -45,8 +45,8 @@ class Engine:
     model: an AdaFuseModel or a bare HuggingFace causal LM of type llama, mistral, qwen2 or qwen3. Its weights are read where they are:
     what is trained or loaded into it later counts. tokenizer: for prompts as strings, text and stop strings. prefill_chunk: tokens of a
     prompt that are run at once. max_seq_len: cut to the positions that the model's rotary embedding serves.
-    kernels: run the steps on the library's kernels (True), which batches of up to 8 take, or in plain PyTorch (False); None: kernels on a
-    GPU. graphs: capture the steps in CUDA graphs, the first time that a batch of such a size and such settings comes; None: on a GPU.
+    kernels: run the steps on the library's kernels, which batches of up to 8 take, instead of plain PyTorch. graphs: capture the steps in
+    CUDA graphs, the first time that a batch of such a size and such settings comes.
 
     It computes what the model does in evaluation mode, in the model's dtype. One generation at a time.
     ValueError for a model it does not run, for sizes below 1, and for what kernels and graphs do not take or need; ImportError for kernels
@@ -61,8 +61,8 @@ class Engine:
         *,
         tokenizer=None,
         prefill_chunk: int = 512,
-        kernels: bool | None = None,
-        graphs: bool | None = None,
+        kernels: bool = False,
+        graphs: bool = False,
     ):
         for name, value in (("max_seq_len", max_seq_len), ("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -72,9 +72,7 @@ class Engine:
         self.max_seq_len = min(max_seq_len, self._backbone.max_positions)
         on_gpu = self._backbone.device.type == "cuda"
         own = self._runs_blocks()
-        self._kernels, graphs = (
-            on_gpu if each is None else each for each in (kernels if own else kernels or False, graphs)
-        )
+        self._kernels = kernels
         gate = None
         if own and isinstance(model, AdaFuseModel):
             gate = Gate(model.router, model.adafuse_config, len(self._backbone.blocks))
@@ -84,8 +82,8 @@ class Engine:
         self._runner = runner(self._backbone, gate, **sizes, kernels=self._kernels, graphs=graphs)
         self._limits = Limits(self.max_seq_len, max_batch, self._backbone.vocab_size)
         self._readback = Readback(max_batch, self._backbone.device)
-        # On a GPU a step is queued before the host has read the token of the one before it.
-        self._ahead = 1 if on_gpu else 0
+        # A graph is queued before the host has read the token of the one before it.
+        self._ahead = 1 if graphs else 0
         self._busy = threading.Lock()
 
     def _runs_blocks(self) -> bool:
@@ -98,7 +96,7 @@ class Engine:
     def _check_ways(self, gate, graphs, on_gpu):
         for name, value in (("kernels", self._kernels), ("graphs", graphs)):
             if not isinstance(value, bool):
-                raise ValueError(f"{name}={value!r}: allowed are True, False and None (on a GPU)")
+                raise ValueError(f"{name}={value!r}: allowed are True and False")
         if graphs and not on_gpu:
             raise ValueError(
                 f"graphs=True captures CUDA graphs, and the model is on {self._backbone.device}; move it to a GPU"

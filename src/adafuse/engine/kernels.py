@@ -1,4 +1,4 @@
-"""kernels: the step of a token on the kernels of `adafuse.ops`, seven launches a block. Needs Triton; imported when it is used.
+"""kernels: the step of a token on the kernels of `adafuse.ops`, eight launches a block. Needs Triton; imported when it is used.
 
 Where a linear has a bias, the kernel behind it adds it: the launch of the linears reads weights and experts only. What cannot run here
 is refused (`check_kernels`), not computed in another way.
