@@ -1,0 +1,177 @@
+"""start: what is checked before an adapter is served, and the options that make vLLM serve it. Needs transformers, not vLLM."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from adafuse import checkpoint
+from adafuse.config import AdaFuseConfig
+from adafuse.integrations.vllm.names import ADAPTER, DIGEST, FALLBACK, NATIVE, PREFIX
+
+MIXTURE = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+
+
+def llm_options(base, adapter) -> dict:
+    """Keyword arguments for `vllm.LLM` that serve `base` with the adapter in folder `adapter`:  LLM(**llm_options(base, adapter), ...).
+
+    base: folder, or hub id, of a HuggingFace causal LM. Raises ValueError if the adapter is not one of this base, or its architecture
+    cannot be served.
+    """
+    config = base_config(base)
+    name = architecture(config)
+    adapter = checkpoint.locate(adapter).resolve()
+    description, _ = Served(adapter).read()
+    check_fingerprint(adapter, description["fingerprint"], config)
+    overrides = {"architectures": [PREFIX + name], ADAPTER: str(adapter), DIGEST: digest(adapter)}
+    return {"model": str(base), "hf_overrides": overrides}
+
+
+@dataclass(frozen=True)
+class Served:
+    """The adapter that a server serves: its folder, and what its weights file was when the server was started ("" if unknown)."""
+
+    adapter: Path
+    digest: str = ""
+
+    @classmethod
+    def of(cls, hf_config) -> Served:
+        """What the overrides of a model's config name. ValueError if they name none."""
+        adapter = getattr(hf_config, ADAPTER, None)
+        if not adapter:
+            raise ValueError(
+                f"this model is to carry a dynamic adapter, but its config names none: pass hf_overrides with {ADAPTER!r} (the adapter's "
+                "folder), as adafuse.integrations.vllm.start.llm_options gives them"
+            )
+        return cls(Path(adapter), getattr(hf_config, DIGEST, "") or "")
+
+    def read(self) -> tuple[dict, AdaFuseConfig]:
+        """The adapter's description and config. ValueError if the folder is none of ours."""
+        description = checkpoint.read_description(self.adapter)
+        print_ = description.get("fingerprint")
+        if not isinstance(print_, dict) or not isinstance(print_.get("linears"), dict):
+            raise ValueError(f"{self.adapter}: its adapter_config.json has no fingerprint of the base; was it written by adafuse?")
+        return description, checkpoint.config_of(description)
+
+    def check_unchanged(self):
+        """ValueError if the weights file is another than when the server was started: ranks must not read different adapters."""
+        if self.digest and digest(self.adapter) != self.digest:
+            raise ValueError(f"{self.adapter / checkpoint.WEIGHTS_FILE} changed while the server was starting; start it again")
+
+
+def digest(adapter) -> str:
+    """SHA-256 of an adapter's weights file, whose header repeats the config."""
+    path = Path(adapter) / checkpoint.WEIGHTS_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; an adapter is a folder that adafuse wrote")
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def base_config(base):
+    """The HuggingFace config of a base. ValueError if there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{base} cannot be loaded as a HuggingFace causal LM: {first}") from error
+
+
+def architecture(config) -> str:
+    """The class of vLLM's that serves models of this HuggingFace config. ValueError if an adapter cannot be served on them."""
+    named = (getattr(config, "architectures", None) or ["none"])[0]
+    text = config.get_text_config(decoder=True)
+    if count := next((n for key in MIXTURE if (n := getattr(text, key, None))), None):
+        raise ValueError(
+            f"{named} ({config.model_type}) is a mixture backbone of {count} experts, which vLLM does not run as linears; a dynamic adapter "
+            "cannot be served on it"
+        )
+    if named in NATIVE:
+        return named
+    _check_fallback(named, config)
+    return FALLBACK
+
+
+def _check_fallback(named, config):
+    from transformers import AutoModelForCausalLM
+
+    if config.is_encoder_decoder or config is not config.get_text_config(decoder=True):
+        raise ValueError(
+            f"{named} ({config.model_type}) is not a decoder of text alone, and cannot be served with an adapter; served are "
+            f"{', '.join(NATIVE)}, and text models of transformers"
+        )
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"{named} ({config.model_type}) is no causal LM of transformers, and cannot be served with an adapter; served are "
+            f"{', '.join(NATIVE)}, and text models of transformers"
+        )
+    if not enters_unchanged(config):
+        raise ValueError(
+            f"{named} ({config.model_type}) changes its embeddings before block 0 (adds positions, say): tokens cannot be routed before "
+            "the model runs, so vLLM cannot serve an adapter on it; use `adafuse generate`"
+        )
+
+
+def enters_unchanged(config) -> bool:
+    """Whether block 0 is given the very embeddings that the decoder is given. Tried out on the meta device, without weights."""
+    import copy
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from adafuse.discover import find_blocks
+
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config).eval()
+        embeddings = torch.empty(1, 4, config.hidden_size, dtype=model.dtype)
+    seen = []
+
+    def look(_, args, kwargs):
+        seen.append(args[0] if args else kwargs["hidden_states"])
+        raise StopIteration
+
+    _, blocks = find_blocks(model)
+    blocks[0].register_forward_pre_hook(look, with_kwargs=True)
+    positions = torch.arange(4, device="meta")[None]
+    mask = torch.zeros(1, 1, 4, 4, device="meta", dtype=model.dtype)  # ready made, since making one reads values
+    try:
+        with torch.no_grad():
+            model.get_decoder()(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False)
+    except StopIteration:
+        pass
+    return bool(seen) and seen[0] is embeddings
+
+
+def check_fingerprint(adapter, print_: dict, config):
+    """ValueError unless the adapter was made on a base like the one of this HuggingFace config. The linears are compared later."""
+    text = config.get_text_config(decoder=True)
+    found = {
+        "model_type": config.model_type,
+        "hidden_size": text.hidden_size,
+        "num_hidden_layers": text.num_hidden_layers,
+    }
+    for key, value in found.items():
+        if print_.get(key) != value:
+            raise ValueError(f"{adapter} was made on another base: {key} is {print_.get(key, 'absent')} there and {value} in this model")
+
+
+def check_engine(vllm_config):
+    """ValueError for settings of vLLM's that an adapted model does not work with."""
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        raise ValueError(
+            f"pipeline_parallel_size={parallel.pipeline_parallel_size}: tokens are routed from the embeddings, which only the first stage "
+            "has; use tensor parallelism (--tensor-parallel-size)"
+        )
+    if vllm_config.lora_config is not None:
+        raise ValueError("enable_lora: vLLM's own LoRAs and a dynamic adapter exclude each other; start without it")
+    if getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False):
+        raise ValueError("batches split in two (enable_dbo) are not supported with a dynamic adapter; start without it")
