@@ -13,9 +13,9 @@ from vllm.model_executor.models.registry import ModelRegistry
 from adafuse import checkpoint
 from adafuse.fingerprint import tensor_shapes
 from adafuse.integrations.vllm.linears import adapt, pieces, place
-from adafuse.integrations.vllm.names import PREFIX
+from adafuse.integrations.vllm.names import FALLBACK, PREFIX
 from adafuse.integrations.vllm.routing import Step
-from adafuse.integrations.vllm.start import Served, check_engine, check_fingerprint
+from adafuse.integrations.vllm.start import Served, check_engine, check_fallback, check_fingerprint
 from adafuse.router import Router
 
 STEP = "adafuse.step"  # where the step of a model is found, in the context that vLLM keeps for its layers
@@ -38,8 +38,11 @@ class AdaptedModel:
     """Mixed in front of a model class of vLLM's: loads the adapter that the model's config names, and routes each step before block 0."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs):
-        served = Served.of(vllm_config.model_config.hf_config)
+        config = vllm_config.model_config.hf_config
+        served = Served.of(config)
         check_engine(vllm_config)
+        if type(self).__name__ == PREFIX + FALLBACK:
+            _give_back_name(config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         self.adafuse_step = attach(self, served, vllm_config)
         vllm_config.compilation_config.static_forward_context[STEP] = self.adafuse_step
@@ -55,6 +58,16 @@ class AdaptedModel:
             inputs_embeds=h0,
             **kwargs,
         )
+
+
+def _give_back_name(config):
+    """Under the Transformers backend the model's own architecture decides how its weights are called."""
+    from transformers import AutoModelForCausalLM
+
+    cls = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    named = "none" if cls is None else cls.__name__
+    check_fallback(named, config)
+    config.architectures = [named]
 
 
 def request_starts() -> torch.Tensor | None:

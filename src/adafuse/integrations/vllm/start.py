@@ -94,11 +94,12 @@ def architecture(config) -> str:
         )
     if named in NATIVE:
         return named
-    _check_fallback(named, config)
+    check_fallback(named, config)
     return FALLBACK
 
 
-def _check_fallback(named, config):
+def check_fallback(named, config):
+    """ValueError if vLLM's Transformers backend cannot serve models of this config, of an architecture `named` so, with an adapter."""
     from transformers import AutoModelForCausalLM
 
     if config.is_encoder_decoder or config is not config.get_text_config(decoder=True):
