@@ -18,7 +18,6 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from adafuse.integrations.vllm.op import Shape
 from adafuse.integrations.vllm.routing import Step
 
 
@@ -51,7 +50,6 @@ class AdaptedMethod:
             [getattr(layer, name) for name in adapter.routing],
             adapter.decision,
             adapter.shape,
-            adapter.shared_scale,
         )
         return y
 
@@ -65,7 +63,6 @@ class Adapter(NamedTuple):
     routing: list[str]
     decision: int
     shape: list[int]
-    shared_scale: float
 
 
 def place(path: str) -> tuple[int, str] | None:
@@ -140,9 +137,8 @@ def adapt(layer: LinearBase, found: list[Piece], tensors: dict, step: Step, deci
     routing = [f"adafuse_{name}" for name in step.routing._fields]
     for name, buffer in zip(routing, step.routing, strict=True):
         layer.register_buffer(name, buffer, persistent=False)
-    shape: Shape = step.shape
-    columns, scale = [piece.column for piece in found], step.config.shared_scale
-    layer.adafuse = Adapter(a, b, columns, routing, decision, list(shape), scale)
+    columns = [piece.column for piece in found]
+    layer.adafuse = Adapter(a, b, columns, routing, decision, list(step.shape))
     layer.quant_method = _adapted(layer.quant_method)
 
 

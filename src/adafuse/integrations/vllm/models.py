@@ -13,12 +13,12 @@ from vllm.model_executor.models.registry import ModelRegistry
 from adafuse import checkpoint
 from adafuse.fingerprint import tensor_shapes
 from adafuse.integrations.vllm.linears import adapt, pieces, place
-from adafuse.integrations.vllm.names import FALLBACK, PREFIX
+from adafuse.integrations.vllm.names import DIGEST, FALLBACK, PREFIX, STEP
 from adafuse.integrations.vllm.routing import Step
-from adafuse.integrations.vllm.start import Served, check_engine, check_fallback, check_fingerprint
+from adafuse.integrations.vllm.start import Served, check_engine, check_fallback, check_fingerprint, digest
 from adafuse.router import Router
 
-STEP = "adafuse.step"  # where the step of a model is found, in the context that vLLM keeps for its layers
+
 
 
 def __getattr__(name):
@@ -41,6 +41,8 @@ class AdaptedModel:
         config = vllm_config.model_config.hf_config
         served = Served.of(config)
         check_engine(vllm_config)
+        # vLLM keeps compiled graphs by a hash of the model's config: another adapter in the same folder must not meet those of the last.
+        setattr(config, DIGEST, served.digest or digest(served.adapter))
         if type(self).__name__ == PREFIX + FALLBACK:
             _give_back_name(config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)

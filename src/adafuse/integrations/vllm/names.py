@@ -17,3 +17,7 @@ DIGEST = "adafuse_digest"  # SHA-256 of its weights file when the server was sta
 
 # What a request says to be answered by the base without adapter.
 BARE = "adafuse_bare"
+SALTS = {True: "bare:", False: "adapted:"}  # in front of the cache salts of requests without and with adapter
+
+INTERVAL = "adafuse_load_interval"  # a key of the overrides: seconds between reports of the experts' load
+STEP = "adafuse.step"  # where a model's Step is found, in the context that vLLM keeps for its layers

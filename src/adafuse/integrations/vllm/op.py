@@ -16,8 +16,7 @@ from adafuse.execution import FEW_TOKENS
 
 _library = torch.library.Library("adafuse", "FRAGMENT")
 _library.define(
-    "add_delta(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, int[] columns, Tensor[] routing, int decision, int[] shape, "
-    "float shared_scale) -> ()"
+    "add_delta(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, int[] columns, Tensor[] routing, int decision, int[] shape) -> ()"
 )
 
 
@@ -39,14 +38,14 @@ class Shape(NamedTuple):
 class Routing(NamedTuple):
     """The buffers of a step, flat, each with room for the largest step: a step of T tokens uses the first elements of each.
 
-    experts [D, T, K] int32, weights [D, T, K] fp32 (times alpha / r, 0 for tokens without adapter), active [T] fp32 (0 for tokens
-    without adapter, else 1). gates [D, T, E + 1] fp32: each expert's weight by token, then the shared expert's scale. order [D, T], counts
+    experts [D, T, K] int32 and weights [D, T, K] fp32 (times alpha / r); shared [T] fp32: the shared expert's scale; gates [D, T, E + 1]
+    fp32: each expert's weight by token, then the shared expert's. All weights of tokens without adapter are 0. order [D, T], counts
     [D, tiles], blocks [D, tiles, num_blocks] int32: the tokens sorted into tiles (`ops.batch.Tiles`). What a device has no use for is empty.
     """
 
     experts: torch.Tensor
     weights: torch.Tensor
-    active: torch.Tensor
+    shared: torch.Tensor
     gates: torch.Tensor
     order: torch.Tensor
     counts: torch.Tensor
@@ -81,30 +80,30 @@ def add_dense(y, x, a, b, columns, routing: Routing, decision: int, shape: Shape
             part.add_(h @ b_m)
 
 
-def add_by_kernels(y, x, a, b, columns, routing: Routing, decision: int, shape: Shape, shared_scale: float):
+def add_by_kernels(y, x, a, b, columns, routing: Routing, decision: int, shape: Shape):
     """`add_delta` by the Triton kernels: arguments as of `add_dense`. No host sync: safe inside a CUDA graph."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     parts = [y[:, column : column + b_m.shape[1]] for b_m, column in zip(b, columns, strict=True)]
     if few(len(x)):
-        _add_few(parts, x, a, b, routing, decision, shape, shared_scale)
+        _add_few(parts, x, a, b, routing, decision, shape)
     else:
         from adafuse.ops.batch import add_delta_tiles
 
         add_delta_tiles(tuple(parts), x, tuple(a), tuple(b), tiles(routing, decision, len(x), shape))
 
 
-def _add_few(parts, x, a, b, routing, decision, shape, shared_scale):
+def _add_few(parts, x, a, b, routing, decision, shape):
     from adafuse.ops.chosen import Chosen
     from adafuse.ops.decode import expand, shrink
 
     size = (shape.decisions, len(x), shape.top_k)
     experts, weights = (view(buffer, *size)[decision] for buffer in (routing.experts, routing.weights))
-    chosen = Chosen(experts, weights, shape.num_experts, shape.r, shape.shared_rank, shared_scale)
+    chosen = Chosen(experts, weights, shape.num_experts, shape.r, shape.shared_rank, shared_scale=1.0)
     h = torch.empty(len(x), len(a), chosen.active, dtype=torch.int32, device=x.device)
     shrink(x, tuple(a), chosen, h)
-    if shape.shared_rank:  # its scale is the same number for all tokens, those without adapter too
+    if shape.shared_rank:  # the kernel knows one scale for all tokens, but some have no adapter
         shared = h[..., shape.top_k * shape.r :].view(torch.float32)
-        shared.mul_(view(routing.active, len(x))[:, None, None])
+        shared.mul_(view(routing.shared, len(x))[:, None, None])
     for m, (b_m, part) in enumerate(zip(b, parts, strict=True)):
         expand(h[:, m], b_m, chosen, part)
 
@@ -140,14 +139,14 @@ def _rows(y, x):
     return y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
 
 
-def _on_cpu(y, x, a, b, columns, routing, decision, shape, shared_scale):
+def _on_cpu(y, x, a, b, columns, routing, decision, shape):
     y, x = _rows(y, x)
     add_dense(y, x, a, b, columns, Routing(*routing), decision, Shape(*shape))
 
 
-def _on_cuda(y, x, a, b, columns, routing, decision, shape, shared_scale):
+def _on_cuda(y, x, a, b, columns, routing, decision, shape):
     y, x = _rows(y, x)
-    add_by_kernels(y, x, a, b, columns, Routing(*routing), decision, Shape(*shape), shared_scale)
+    add_by_kernels(y, x, a, b, columns, Routing(*routing), decision, Shape(*shape))
 
 
 _library.impl("add_delta", _on_cpu, "CPU")

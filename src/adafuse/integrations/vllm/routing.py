@@ -47,7 +47,7 @@ class Step:
         return Routing(
             experts=experts,
             weights=torch.zeros(d * tokens * shape.top_k, **floats),
-            active=torch.zeros(tokens, **floats),
+            shared=torch.zeros(tokens, **floats),
             gates=torch.zeros(d * tokens * (shape.num_experts + 1), **floats),
             order=torch.zeros(order, **ints),
             counts=torch.zeros(counts, **ints),
@@ -74,22 +74,22 @@ class Step:
         active = self._active(tokens, starts)
         self._choose(h0, experts, weights)
         weights.mul_(active[:, None])
+        torch.mul(active, self.config.shared_scale, out=view(self.routing.shared, tokens))
         self._count(experts, active)
         if not self._kernels or not few(tokens):
-            self._lay_out(experts, weights, active)
+            self._lay_out(experts, weights)
         buffer = self.h0[:tokens]
         buffer.copy_(h0)
         return buffer
 
     def _active(self, tokens, starts):
-        """[T]: 1 for the tokens of adapted requests, else 0, in its buffer."""
-        active = view(self.routing.active, tokens)
+        """[T] fp32: 1 for the tokens of adapted requests, else 0."""
         if starts is None:
-            return active.zero_()
+            return torch.zeros(tokens, dtype=torch.float32, device=self.device)
         token = self._token[:tokens]
         request = torch.searchsorted(starts[1:].contiguous(), token, right=True, out_int32=True)
         adapted = self.adapted[request.clamp_(max=self.max_requests).long()]
-        return torch.mul(adapted, token < starts[-1], out=active)
+        return adapted * (token < starts[-1])
 
     def _choose(self, h0, experts, weights):
         if self._kernels and len(h0) <= ROUTE_TOKENS:
@@ -120,14 +120,14 @@ class Step:
         chosen = active.to(torch.int64)[:, None].expand(experts.shape[1:]).reshape(1, -1)
         self.load.scatter_add_(1, experts.flatten(1).long(), chosen.expand(len(experts), -1))
 
-    def _lay_out(self, experts, weights, active):
+    def _lay_out(self, experts, weights):
         """The routing as the dense form and the kernels for many tokens read it."""
-        shape, config, tokens = self.shape, self.config, experts.shape[1]
+        shape, tokens = self.shape, experts.shape[1]
         if self._kernels:
             from adafuse.ops.batch import lay_out
 
             ranks = {"num_experts": shape.num_experts, "r": shape.r, "shared_rank": shape.shared_rank}
-            found = lay_out(experts, weights, **ranks, shared_scale=config.shared_scale)
+            found = lay_out(experts, weights, **ranks)
             for name in ("order", "counts", "blocks", "gates"):
                 part = getattr(found, name)
                 view(getattr(self.routing, name), *part.shape).copy_(part)
@@ -135,4 +135,4 @@ class Step:
         else:
             gates = view(self.routing.gates, shape.decisions, tokens, shape.num_experts + 1).zero_()
             gates.scatter_(-1, experts.long(), weights)
-        gates[..., -1] = active * config.shared_scale
+        gates[..., -1] = view(self.routing.shared, tokens)
