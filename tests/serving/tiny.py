@@ -110,7 +110,11 @@ def greedy(model, prompt: list[int], count: int) -> tuple[list[int], list[float]
 
 
 @torch.no_grad()
-def logprobs_of(model, prompt: list[int], continuation: list[int]) -> list[float]:
-    """Log-probability of each token of a given continuation."""
-    logits = model(input_ids=torch.tensor([prompt + continuation]), use_cache=False).logits[0].float().log_softmax(-1)
-    return [float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(continuation)]
+def judge(model, prompt: list[int], continuation: list[int]) -> tuple[list[int], list[float]]:
+    """After each token of prompt and continuation but the last: the likeliest next token; and the log-probabilities of the continuation.
+
+    If the likeliest tokens are those of the continuation, it is the greedy one. One forward.
+    """
+    logits = model(input_ids=torch.tensor([prompt + continuation]), use_cache=False).logits[0].float()
+    logits = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return logits.argmax(-1).tolist(), logits.gather(-1, torch.tensor(continuation)[:, None])[:, 0].tolist()

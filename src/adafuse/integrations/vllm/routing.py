@@ -18,10 +18,11 @@ class Step:
     """Routes the tokens of a step from h0 and writes the outcome into `routing`, which the linears of all blocks read.
 
     router: fp32, where the tokens are. max_tokens: of a step. max_requests: of a step. A request is adapted unless `set_bare` said
-    otherwise; tokens that pad a step to a captured size are of no request and get no adapter.
+    otherwise; tokens that pad a step to a captured size are of no request and get no adapter. kernels: whether the linears run the Triton
+    kernels (None: on a CUDA device) or the dense form; they read different buffers.
     """
 
-    def __init__(self, router: Router, config: AdaFuseConfig, *, hidden_size, max_tokens, max_requests, dtype):
+    def __init__(self, router: Router, config: AdaFuseConfig, *, hidden_size, max_tokens, max_requests, dtype, kernels=None):
         self.router, self.config = router, config
         self.max_tokens, self.max_requests = max_tokens, max_requests
         device = self.device = router.device
@@ -31,7 +32,7 @@ class Step:
         self.adapted = torch.ones(max_requests + 1, dtype=torch.float32, device=device)
         self.load = torch.zeros(router.num_decisions, config.num_experts, dtype=torch.int64, device=device)
         self._token = torch.arange(max_tokens, dtype=torch.int32, device=device)
-        self._kernels = device.type == "cuda"
+        self._kernels = device.type == "cuda" if kernels is None else kernels
         self.routing = self._buffers(device)
 
     def _buffers(self, device) -> Routing:
@@ -56,7 +57,7 @@ class Step:
 
     def set_bare(self, bare: list[bool]):
         """Which requests of the batch, by their place in it, use the base without adapter. One copy to the device, without a wait."""
-        rows = torch.tensor([0.0 if b else 1.0 for b in bare], dtype=torch.float32, pin_memory=self._kernels)
+        rows = torch.tensor([0.0 if b else 1.0 for b in bare], dtype=torch.float32, pin_memory=self.device.type == "cuda")
         self.adapted[: len(bare)].copy_(rows, non_blocking=True)
 
     @torch.no_grad()

@@ -1,0 +1,22 @@
+"""What the tests of serving get: vLLM on a CPU, without a network, one thread a process. They run in an environment of their own."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent))  # families, tiny_text
+# Of this folder's namesakes and of packages without vLLM's entrypoints none is vLLM.
+INSTALLED = importlib.util.find_spec("vllm") is not None
+
+if INSTALLED:
+    os.environ.pop("TRITON_INTERPRET", None)  # vLLM would compile its kernels with it
+    os.environ.update(
+        VLLM_NO_USAGE_STATS="1",
+        DO_NOT_TRACK="1",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_LOGGING_LEVEL="WARNING",
+        OMP_NUM_THREADS="1",
+    )
+
+collect_ignore_glob = [] if INSTALLED else ["test_*.py"]
