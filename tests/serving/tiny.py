@@ -81,9 +81,9 @@ def save_adapter(base: Path, folder: Path, seed: int = 1, **settings) -> Path:
     return folder
 
 
-def reference(base: Path, adapter: Path | None):
-    """What the texts are compared with: the model in HuggingFace, in fp32, with the adapter by the reference execution, or bare."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+def reference(base: Path, adapter: Path | None, dtype=torch.float32):
+    """What the texts are compared with: the model in HuggingFace, with the adapter by the reference execution, or bare."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     if adapter is not None:
         model = AdaFuseModel.from_pretrained(model, adapter)
         model.execution = "reference"

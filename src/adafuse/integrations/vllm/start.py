@@ -19,11 +19,16 @@ def llm_options(base, adapter) -> dict:
     base: folder, or hub id, of a HuggingFace causal LM. Raises ValueError if the adapter is not one of this base, or its architecture
     cannot be served.
     """
+    from adafuse.discover import find_targets
+    from adafuse.fingerprint import check_same_base, fingerprint
+
     config = base_config(base)
     name = architecture(config)
     adapter = checkpoint.locate(adapter).resolve()
-    description, _ = Served(adapter).read()
-    check_fingerprint(adapter, description["fingerprint"], config)
+    description, settings = Served(adapter).read()
+    _check_model_type(adapter, description["fingerprint"], config)
+    model = empty_model(config)
+    check_same_base(adapter, description, fingerprint(model, find_targets(model, settings)))
     overrides = {"architectures": [PREFIX + name], ADAPTER: str(adapter), DIGEST: digest(adapter)}
     return {"model": str(base), "hf_overrides": overrides}
 
@@ -112,27 +117,19 @@ def check_fallback(named, config):
             f"{named} ({config.model_type}) is no causal LM of transformers, and cannot be served with an adapter; served are "
             f"{', '.join(NATIVE)}, and text models of transformers"
         )
-    if not enters_unchanged(config):
+    if not enters_unchanged(empty_model(config)):
         raise ValueError(
             f"{named} ({config.model_type}) changes its embeddings before block 0 (adds positions, say): tokens cannot be routed before "
             "the model runs, so vLLM cannot serve an adapter on it; use `adafuse generate`"
         )
 
 
-def enters_unchanged(config) -> bool:
-    """Whether block 0 is given the very embeddings that the decoder is given. Tried out on the meta device, without weights."""
-    import copy
-
+def enters_unchanged(model) -> bool:
+    """Whether block 0 of a model without weights is given the very embeddings that the decoder is given."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from adafuse.discover import find_blocks
 
-    config = copy.deepcopy(config)
-    config._attn_implementation = "eager"
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config).eval()
-        embeddings = torch.empty(1, 4, config.hidden_size, dtype=model.dtype)
     seen = []
 
     def look(_, args, kwargs):
@@ -141,27 +138,46 @@ def enters_unchanged(config) -> bool:
 
     _, blocks = find_blocks(model)
     blocks[0].register_forward_pre_hook(look, with_kwargs=True)
-    positions = torch.arange(4, device="meta")[None]
-    mask = torch.zeros(1, 1, 4, 4, device="meta", dtype=model.dtype)  # ready made, since making one reads values
-    try:
-        with torch.no_grad():
-            model.get_decoder()(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False)
-    except StopIteration:
-        pass
+    with torch.device("meta"), torch.no_grad():
+        width = model.get_input_embeddings().weight.shape[1]
+        embeddings = torch.empty(1, 4, width, dtype=model.dtype)
+        mask = torch.zeros(1, 1, 4, 4, dtype=model.dtype)  # ready made, since making one reads values
+        given = {"attention_mask": mask, "position_ids": torch.arange(4)[None], "use_cache": False}
+        try:
+            model.get_decoder()(inputs_embeds=embeddings, **given)
+        except StopIteration:
+            pass
     return bool(seen) and seen[0] is embeddings
 
 
+def empty_model(config):
+    """The HuggingFace model of a config, without weights (on the meta device)."""
+    import copy
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
 def check_fingerprint(adapter, print_: dict, config):
-    """ValueError unless the adapter was made on a base like the one of this HuggingFace config. The linears are compared later."""
+    """ValueError unless the adapter was made on a base like the one of this HuggingFace config. Its linears are compared elsewhere."""
+    _check_model_type(adapter, print_, config)
     text = config.get_text_config(decoder=True)
-    found = {
-        "model_type": config.model_type,
-        "hidden_size": text.hidden_size,
-        "num_hidden_layers": text.num_hidden_layers,
-    }
-    for key, value in found.items():
-        if print_.get(key) != value:
-            raise ValueError(f"{adapter} was made on another base: {key} is {print_.get(key, 'absent')} there and {value} in this model")
+    for key in ("hidden_size", "num_hidden_layers"):
+        _check_same(adapter, print_, key, getattr(text, key))
+
+
+def _check_model_type(adapter, print_, config):
+    _check_same(adapter, print_, "model_type", config.model_type)
+
+
+def _check_same(adapter, print_, key, value):
+    if print_.get(key) != value:
+        raise ValueError(f"{adapter} was made on another base: {key} is {print_.get(key, 'absent')} there and {value} in this model")
 
 
 def check_engine(vllm_config):
