@@ -1,8 +1,9 @@
-"""Load on an OpenAI server: so many requests in flight at any time, streamed; throughput, time to the first token, time between tokens.
+"""Load on an OpenAI server: so many requests in flight at any time, streamed; throughput, time to the first token,
+time between tokens.
 
-A closed loop: each of `in_flight` clients sends its next request when its last has ended, until the requests are used up. Prompts are
-random token ids, the same for each model, and every request generates exactly `max_tokens`. Each round is a sample; the models take turns in
-every round, so that a drift of the machine hits all alike.
+A closed loop: each of `in_flight` clients sends its next request when its last has ended, until the requests are used
+up. Prompts are random token ids, the same for each model, and every request generates exactly `max_tokens`. Each
+round is a sample; the models take turns in every round, so that a drift of the machine hits all alike.
 
     adafuse serve --adapter adapter --name tuned --base-name plain --port 8000
     python benchmarks/serve.py --models plain tuned --in-flight 1 8 32 --out benchmarks/results/h100/serve.json
@@ -22,12 +23,21 @@ import record
 
 URL = "http://127.0.0.1:8000"
 # name of a row -> unit
-METRICS = {"throughput": "tokens/s", "ttft_p50": "ms", "ttft_p99": "ms", "inter_token_p50": "ms", "inter_token_p99": "ms", "errors": ""}
+METRICS = {
+    "throughput": "tokens/s",
+    "ttft_p50": "ms",
+    "ttft_p99": "ms",
+    "inter_token_p50": "ms",
+    "inter_token_p99": "ms",
+    "errors": "",
+}
 
 
 @dataclass
 class Load:
-    """What a number of requests gave: seconds in all, tokens generated, seconds to first tokens and between tokens, errors as text."""
+    """What a number of requests gave: seconds in all, tokens generated, seconds to first tokens and between tokens,
+    errors as text.
+    """
 
     seconds: float = 0.0
     tokens: int = 0
@@ -55,17 +65,25 @@ def percentile(values, percent) -> float:
 
 
 def requests(count, *, prompt_tokens, max_tokens, vocab, seed=0) -> list[dict]:
-    """Bodies of completions, without a model: random prompts of `prompt_tokens` tokens, exactly `max_tokens` to generate."""
+    """Bodies of completions, without a model: random prompts of `prompt_tokens` tokens, exactly `max_tokens` to
+    generate.
+    """
     source = random.Random(seed)
     options = {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
     return [
-        {"prompt": [source.randrange(1, vocab) for _ in range(prompt_tokens)], **options, "stream_options": {"include_usage": True}}
+        {
+            "prompt": [source.randrange(1, vocab) for _ in range(prompt_tokens)],
+            **options,
+            "stream_options": {"include_usage": True},
+        }
         for _ in range(count)
     ]
 
 
 async def run(url, bodies, *, in_flight, timeout=600.0) -> Load:
-    """Send the bodies (each with its model), `in_flight` at a time. A request that fails is an error of the Load, never an exception."""
+    """Send the bodies (each with its model), `in_flight` at a time. A request that fails is an error of the Load,
+    never an exception.
+    """
     import aiohttp
 
     load, pending = Load(), iter(bodies)
@@ -116,7 +134,11 @@ def measure(options) -> list[dict]:
         for turn in range(options.rounds + 1):  # the first is for warming up
             # Prompts of its own in each round: no cached prefix helps.
             bodies = requests(
-                count, prompt_tokens=options.prompt_tokens, max_tokens=options.max_tokens, vocab=options.vocab, seed=(turn, in_flight).__hash__()
+                count,
+                prompt_tokens=options.prompt_tokens,
+                max_tokens=options.max_tokens,
+                vocab=options.vocab,
+                seed=(turn, in_flight).__hash__(),
             )
             for model in options.models:
                 load = asyncio.run(run(options.url, [{**body, "model": model} for body in bodies], in_flight=in_flight))
@@ -129,19 +151,29 @@ def measure(options) -> list[dict]:
 
 def _rows(found, key, options):
     model, in_flight = key
-    case = {"in_flight": in_flight, "prompt_tokens": options.prompt_tokens, "max_tokens": options.max_tokens, "domain": "random", **options.case}
+    case = {
+        "in_flight": in_flight,
+        "prompt_tokens": options.prompt_tokens,
+        "max_tokens": options.max_tokens,
+        "domain": "random",
+        **options.case,
+    }
     for metric, unit in METRICS.items():
         samples = {name: [values[metric] for values in found[name, in_flight]] for name in options.models}
         first = options.models[0]
         against = record.row(f"serve/{metric}/{first}", case, samples[first], unit) if model != first else None
         # No ratio of errors, of which there should be none.
-        yield record.row(f"serve/{metric}/{model}", case, samples[model], unit, vs=against if metric != "errors" else None)
+        yield record.row(
+            f"serve/{metric}/{model}", case, samples[model], unit, vs=against if metric != "errors" else None
+        )
 
 
 def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default=URL)
-    parser.add_argument("--models", nargs="+", required=True, help="names of the server's models; the first is compared with")
+    parser.add_argument(
+        "--models", nargs="+", required=True, help="names of the server's models; the first is compared with"
+    )
     parser.add_argument("--in-flight", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=256, help="at most so many requests a round")
     parser.add_argument("--requests-each", type=int, default=8, help="and so many for each in flight")
@@ -149,7 +181,9 @@ def parse(arguments=None):
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--vocab", type=int, default=30000, help="prompts are of token ids below this")
-    parser.add_argument("--case", type=json.loads, default={}, help='JSON that goes into each case: {"model": "llama-2-7b", "r": 16}')
+    parser.add_argument(
+        "--case", type=json.loads, default={}, help='JSON that goes into each case: {"model": "llama-2-7b", "r": 16}'
+    )
     parser.add_argument("--out", required=True)
     return parser.parse_args(arguments)
 

@@ -1,4 +1,6 @@
-"""What is checked before vLLM starts, the arguments it is started with, and the requests that name the bare base. None of this needs vLLM."""
+"""What is checked before vLLM starts, the arguments it is started with, and the requests that name the bare base.
+None of this needs vLLM.
+"""
 
 import asyncio
 import importlib.util
@@ -29,7 +31,8 @@ def save(tmp_path, name, **settings):
     return base, adapter
 
 
-# --- what can be served -------------------------------------------------------------------------------------------------
+# --- what can be served
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -65,7 +68,13 @@ def test_a_multimodal_base_is_refused(tmp_path):
 
 
 def test_a_mixture_backbone_is_refused(tmp_path):
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 97,
+    }
     model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=3))
     model.save_pretrained(tmp_path / "base")
     _, adapter = save(tmp_path, "llama")
@@ -90,7 +99,7 @@ def test_another_base_is_refused(tmp_path):
     narrow.intermediate_size = 40
     narrow.save_pretrained(tmp_path / "narrow")
     _, adapter = save(tmp_path, "llama")
-    with pytest.raises(ValueError, match="made on another base: model.layers.0.mlp.gate_proj"):
+    with pytest.raises(ValueError, match=r"made on another base: model\.layers\.0\.mlp\.gate_proj"):
         llm_options(tmp_path / "narrow", adapter)
 
 
@@ -120,7 +129,8 @@ def test_a_config_without_adapter_is_refused():
         Served.of(SimpleNamespace(architectures=["AdaFuseLlamaForCausalLM"]))
 
 
-# --- the command --------------------------------------------------------------------------------------------------------
+# --- the command
+# --------------------------------------------------------------------------------------------------------
 
 
 def after(arguments, option):
@@ -188,12 +198,15 @@ def serve(*arguments):
 
 
 def test_importing_the_package_does_not_import_vllm():
-    code = "import sys, adafuse, adafuse.integrations.vllm, adafuse.integrations.vllm.plugin; print('vllm' in sys.modules)"
+    code = (
+        "import sys, adafuse, adafuse.integrations.vllm, adafuse.integrations.vllm.plugin; print('vllm' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "False", done.stderr
 
 
-# --- requests -----------------------------------------------------------------------------------------------------------
+# --- requests
+# -----------------------------------------------------------------------------------------------------------
 
 COMPLETIONS = "/v1/completions"
 
@@ -257,7 +270,13 @@ def test_the_middleware_hands_on_the_new_length_and_the_hang_up():
 
     state = SimpleNamespace(args=SimpleNamespace(served_model_name=["tuned", "plain"]))
     headers = [(b"content-length", b"33"), (b"x-a", b"b")]
-    scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "headers": headers, "app": SimpleNamespace(state=state)}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": COMPLETIONS,
+        "headers": headers,
+        "app": SimpleNamespace(state=state),
+    }
     asyncio.run(ModelNames(app)(scope, receive, None))
     assert json.loads(seen["body"])["vllm_xargs"] == {"adafuse_bare": 1}
     assert seen["headers"] == {b"x-a": b"b", b"content-length": str(len(seen["body"])).encode()}

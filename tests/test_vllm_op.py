@@ -1,5 +1,5 @@
-"""The operation behind an adapted linear of vLLM's, and the buffers of a step, without vLLM: kernels (in Triton's interpreter where there is
-no GPU) and dense form against loops over tokens and experts."""
+"""The operation behind an adapted linear of vLLM's, and the buffers of a step, without vLLM: kernels (in Triton's
+interpreter where there is no GPU) and dense form against loops over tokens and experts."""
 
 import pytest
 import torch
@@ -15,10 +15,22 @@ REQUESTS = 4
 
 
 def make_step(dtype=torch.float32, *, kernels, decisions=2, max_tokens=64, **settings):
-    settings = {"r": 4, "num_experts": 5, "top_k": 2, "shared_rank": 3, "lora_alpha": 6.0, "shared_alpha": 2.0, **settings}
+    settings = {
+        "r": 4,
+        "num_experts": 5,
+        "top_k": 2,
+        "shared_rank": 3,
+        "lora_alpha": 6.0,
+        "shared_alpha": 2.0,
+        **settings,
+    }
     config = AdaFuseConfig(**settings, routing="layer" if decisions > 1 else "model")
-    router = Router(HIDDEN, config.num_experts, config.top_k, num_decisions=decisions, device=DEVICE).requires_grad_(False)
-    step = Step(router, config, hidden_size=HIDDEN, max_tokens=max_tokens, max_requests=REQUESTS, dtype=dtype, kernels=kernels)
+    router = Router(HIDDEN, config.num_experts, config.top_k, num_decisions=decisions, device=DEVICE).requires_grad_(
+        False
+    )
+    step = Step(
+        router, config, hidden_size=HIDDEN, max_tokens=max_tokens, max_requests=REQUESTS, dtype=dtype, kernels=kernels
+    )
     for buffer in step.routing:  # a kernel that reads what no step has written must not go unseen
         buffer.fill_(float("nan") if buffer.is_floating_point() else 1)
     return step
@@ -60,7 +72,13 @@ def case(tokens, dtype, step):
         return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(DEVICE, dtype)
 
     h0 = torch.randn(tokens, HIDDEN, generator=generator).to(DEVICE, dtype)
-    return h0, random(tokens, sum(OUT)), random(tokens, IN), [random(ranks, IN) for _ in OUT], [random(ranks, o) for o in OUT]
+    return (
+        h0,
+        random(tokens, sum(OUT)),
+        random(tokens, IN),
+        [random(ranks, IN) for _ in OUT],
+        [random(ranks, o) for o in OUT],
+    )
 
 
 @pytest.mark.parametrize("form", ["dense", "kernels"])
@@ -77,7 +95,9 @@ def test_delta_of_a_step_equals_loops(form, tokens, shared_rank):
         for decision in range(2):
             found = y.clone()
             add(found, x, a, b, [0, OUT[0]], step.routing, decision, step.shape)
-            torch.testing.assert_close(found.double(), by_loops(y, x, a, b, step, h0, decision, starts, bare), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                found.double(), by_loops(y, x, a, b, step, h0, decision, starts, bare), rtol=1e-5, atol=1e-5
+            )
             if step.config.shared_rank or tokens > 1:
                 assert not torch.equal(found, y)
 

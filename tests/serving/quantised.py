@@ -1,4 +1,4 @@
-"""A tiny Llama quantised by hand in the format of compressed-tensors, and its weights as HuggingFace is to have them."""
+"""A tiny Llama quantised by hand in the format of compressed-tensors, and the same weights for HuggingFace."""
 
 from __future__ import annotations
 
@@ -18,14 +18,23 @@ SCHEMES = {
     },
     "int4": {
         "format": "pack-quantized",
-        "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP, "dynamic": False},
+        "weights": {
+            "num_bits": 4,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": GROUP,
+            "dynamic": False,
+        },
         "input_activations": None,
     },
 }
 
 
 def quantise(base: Path, folder: Path, scheme: str) -> tuple[Path, Path]:
-    """(a folder with the quantised model for vLLM, one with a model of the same, rounded weights in fp32 for HuggingFace)."""
+    """(a folder with the quantised model for vLLM, one with a model of the same, rounded weights in fp32 for
+    HuggingFace).
+    """
     quantised, rounded = folder / "quantised", folder / "rounded"
     for copy in (quantised, rounded):
         shutil.copytree(base, copy)
@@ -51,7 +60,9 @@ def _int8(weight):
 
 
 def _int4(weight):
-    """A scale an output and group of inputs; eight numbers from -8 to 7, plus 8, in an int32, the first in the lowest bits."""
+    """A scale an output and group of inputs; eight numbers from -8 to 7, plus 8, in an int32, the first in the lowest
+    bits.
+    """
     groups = weight.unflatten(1, (-1, GROUP))
     scale = groups.abs().amax(2, keepdim=True) / 7
     whole = (groups / scale).round().clamp(-8, 7)
@@ -77,7 +88,9 @@ def _write_config(folder, scheme):
 
 
 def round_inputs(model):
-    """Give the base linears of an AdaFuseModel int8 inputs, a scale a token, as the int8 scheme does; the experts see the exact ones."""
+    """Give the base linears of an AdaFuseModel int8 inputs, a scale a token, as the int8 scheme does; the experts see
+    the exact ones.
+    """
     for layer in model.modules():
         base = getattr(layer, "base_layer", None)
         if isinstance(base, torch.nn.Linear):

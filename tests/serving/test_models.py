@@ -1,11 +1,19 @@
-"""Greedy texts and log-probabilities of vLLM's models with adapters, batched, against HuggingFace's, a prompt at a time."""
+"""Greedy texts and log-probabilities of vLLM's models with adapters, batched, against HuggingFace's, a prompt at a
+time.
+"""
 
 import pytest
 import tiny
 from engines import REQUESTS, compare, engine, texts
 
 CHUNKED = {"max_num_batched_tokens": 16, "max_num_seqs": 4, "enable_prefix_caching": True, "block_size": 32}
-PREEMPTED = {"num_gpu_blocks_override": 8, "block_size": 32, "max_num_seqs": 8, "max_model_len": 128, "disable_log_stats": False}
+PREEMPTED = {
+    "num_gpu_blocks_override": 8,
+    "block_size": 32,
+    "max_num_seqs": 8,
+    "max_model_len": 128,
+    "disable_log_stats": False,
+}
 CASES = {
     "llama": ("llama", {}, {}),
     "llama, a decision a block, shared expert": ("llama", {"routing": "layer", "shared_rank": 3}, CHUNKED),

@@ -1,4 +1,6 @@
-"""Adapters on backbones of less precision: log-probabilities of what vLLM generates, against HuggingFace with the same weights in fp32."""
+"""Adapters on backbones of less precision: log-probabilities of what vLLM generates, against HuggingFace with the
+same weights in fp32.
+"""
 
 import pytest
 import tiny
@@ -21,7 +23,9 @@ def made(tmp_path):
 
 
 def test_int8(made, tmp_path):
-    """Weights a scale an output, inputs a scale a token. An input rounded the other way would move a log-probability by about 1e-2."""
+    """Weights a scale an output, inputs a scale a token. An input rounded the other way would move a log-probability
+    by about 1e-2.
+    """
     base, adapter = made
     quantised, rounded = quantise(base, tmp_path, "int8")
     prompts = tiny.prompts()
@@ -34,7 +38,9 @@ def test_int8(made, tmp_path):
 
 
 def test_int4_and_bf16(made, tmp_path):
-    """vLLM's int4 kernel for CPUs is for bf16: off by no more than HuggingFace in bf16 is. The same without quantisation."""
+    """vLLM's int4 kernel for CPUs is for bf16: off by no more than HuggingFace in bf16 is. The same without
+    quantisation.
+    """
     base, adapter = made
     quantised, rounded = quantise(base, tmp_path, "int4")
     prompts = tiny.prompts()

@@ -1,4 +1,6 @@
-"""The server that `adafuse serve` starts: both models over HTTP, bad requests, clients that hang up, many requests, a changed folder."""
+"""The server that `adafuse serve` starts: both models over HTTP, bad requests, clients that hang up, many requests, a
+changed folder.
+"""
 
 import asyncio
 import json
@@ -98,7 +100,9 @@ class Server:
 
 
 def _descendants(pid):
-    children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    children = [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
     return [pid, *(each for child in children for each in _descendants(child))]
 
 
@@ -130,7 +134,9 @@ def test_both_models_side_by_side(server):
     requests = [(model, prompt) for prompt in tiny.prompts(8, 120) for model in MODELS]
     for _ in range(2):  # the second time with cached prefixes
         found = together(server, requests)
-        judged = [tiny.judge(server.models[m], prompt, ids) for (m, prompt), (ids, _) in zip(requests, found, strict=True)]
+        judged = [
+            tiny.judge(server.models[m], prompt, ids) for (m, prompt), (ids, _) in zip(requests, found, strict=True)
+        ]
         compare(found, judged)
         assert all(found[i][0] != found[i + 1][0] for i in range(0, len(found), 2))
 
@@ -242,10 +248,14 @@ def test_a_folder_that_changes_changes_nothing(server):
 
 
 def test_many_requests_without_error_or_growth(server):
-    """64 in flight, of both models, of unequal lengths. Twice as many before fill caches and pools; vLLM alone grows by some 10 MiB then."""
+    """64 in flight, of both models, of unequal lengths. Twice as many before fill caches and pools; vLLM alone grows
+    by some 10 MiB then.
+    """
     bodies = []
     for i in range(3 * MANY):
-        body = load_generator.requests(1, prompt_tokens=1 + 7 * i % 60, max_tokens=1 + i % 7, vocab=tiny.VOCAB, seed=i)[0]
+        body = load_generator.requests(1, prompt_tokens=1 + 7 * i % 60, max_tokens=1 + i % 7, vocab=tiny.VOCAB, seed=i)[
+            0
+        ]
         bodies.append({**body, "model": MODELS[i % 2]})
     warm = asyncio.run(load_generator.run(server.url, bodies[: 2 * MANY], in_flight=64))
     before = server.memory()
@@ -261,8 +271,30 @@ def test_many_requests_without_error_or_growth(server):
 
 def test_the_load_generator_writes_rows(server, tmp_path):
     out = tmp_path / "serve.json"
-    arguments = ["--url", server.url, "--models", "plain", "tuned", "--in-flight", "1", "4", "--rounds", "2", "--requests-each", "2"]
-    arguments += ["--prompt-tokens", "20", "--max-tokens", "5", "--vocab", str(tiny.VOCAB), "--case", '{"model": "tiny"}']
+    arguments = [
+        "--url",
+        server.url,
+        "--models",
+        "plain",
+        "tuned",
+        "--in-flight",
+        "1",
+        "4",
+        "--rounds",
+        "2",
+        "--requests-each",
+        "2",
+    ]
+    arguments += [
+        "--prompt-tokens",
+        "20",
+        "--max-tokens",
+        "5",
+        "--vocab",
+        str(tiny.VOCAB),
+        "--case",
+        '{"model": "tiny"}',
+    ]
     load_generator.main([*arguments, "--out", str(out)])
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 2 * 2 * len(load_generator.METRICS)

@@ -1,4 +1,5 @@
-"""Tiny random models that vLLM can run, adapters on them, and what HuggingFace with the reference execution makes of prompts.
+"""Tiny random models that vLLM can run, adapters on them, and what HuggingFace with the reference execution makes of
+prompts.
 
 Nothing here knows vLLM.
 """
@@ -82,7 +83,9 @@ def save_adapter(base: Path, folder: Path, seed: int = 1, **settings) -> Path:
 
 
 def reference(base: Path, adapter: Path | None, dtype=torch.float32):
-    """What the texts are compared with: the model in HuggingFace, with the adapter by the reference execution, or bare."""
+    """What the texts are compared with: the model in HuggingFace, with the adapter by the reference execution, or
+    bare.
+    """
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     if adapter is not None:
         model = AdaFuseModel.from_pretrained(model, adapter)
@@ -111,7 +114,8 @@ def greedy(model, prompt: list[int], count: int) -> tuple[list[int], list[float]
 
 @torch.no_grad()
 def judge(model, prompt: list[int], continuation: list[int]) -> tuple[list[int], list[float]]:
-    """After each token of prompt and continuation but the last: the likeliest next token; and the log-probabilities of the continuation.
+    """After each token of prompt and continuation but the last: the likeliest next token; and the log-probabilities
+    of the continuation.
 
     If the likeliest tokens are those of the continuation, it is the greedy one. One forward.
     """

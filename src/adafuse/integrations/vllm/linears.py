@@ -1,8 +1,9 @@
-"""linears: each adapted linear of vLLM's model gets its tensor-parallel shard of the experts, and adds them to its output.
+"""linears: each adapted linear of vLLM's model gets its tensor-parallel shard of the experts, and adds them to its
+output.
 
-A mixin goes in front of the class of the layer's own `quant_method`, so any quantisation keeps working:  y = base(x) + delta(x).  Nothing
-is communicated for it: a column-parallel linear has all of A and its rows of B; a row-parallel one its columns of A and all of B, and its delta
-is part of the sum over ranks that follows anyway.
+A mixin goes in front of the class of the layer's own `quant_method`, so any quantisation keeps working:
+y = base(x) + delta(x). Nothing is communicated for it: a column-parallel linear has all of A and its rows of B; a
+row-parallel one its columns of A and all of B, and its delta is part of the sum over ranks that follows anyway.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from adafuse.integrations.vllm.routing import Step
 class Piece(NamedTuple):
     """One linear of the HuggingFace model, as a part of a linear of vLLM's on this rank.
 
-    place: (block, path within the block), in HuggingFace's names. column: where its outputs begin in those of vLLM's linear. rows:
-    which of its own outputs these are; columns: which of its inputs. features: its (out, in), whole.
+    place: (block, path within the block), in HuggingFace's names. column: where its outputs begin in those of vLLM's
+    linear. rows: which of its own outputs these are; columns: which of its inputs. features: its (out, in), whole.
     """
 
     place: tuple[int, str]
@@ -73,7 +74,10 @@ def place(path: str) -> tuple[int, str] | None:
 
 
 def pieces(path: str, layer: LinearBase, packed: dict[str, list[str]]) -> list[Piece]:
-    """The linears of the HuggingFace model that a layer of vLLM's holds. packed: name of a fused linear -> names of its parts."""
+    """The linears of the HuggingFace model that a layer of vLLM's holds.
+
+    packed: name of a fused linear -> names of its parts.
+    """
     block, inside = place(path)
     parent, _, leaf = inside.rpartition(".")
     names = packed.get(leaf, [leaf])
@@ -92,9 +96,11 @@ def pieces(path: str, layer: LinearBase, packed: dict[str, list[str]]) -> list[P
 
 
 def _one_piece(path, block, inside, starts, sizes, whole, layer):
-    """A linear that is one in HuggingFace's model too, though vLLM knows it as several: on one rank they are the same."""
+    """A linear that is one in HuggingFace's model too, though vLLM knows it as several: the same, on one rank."""
     if getattr(layer, "tp_size", 1) > 1:
-        raise ValueError(f"{path}: a linear of {len(sizes)} parts cannot be split over ranks with its adapter yet; use one GPU")
+        raise ValueError(
+            f"{path}: a linear of {len(sizes)} parts cannot be split over ranks with its adapter yet; use one GPU"
+        )
     out_features = sum(whole)
     return [Piece((block, inside), 0, slice(0, out_features), _inputs(layer), (out_features, layer.input_size))]
 
@@ -125,7 +131,8 @@ def _outputs(layer) -> tuple[list[int], list[int], list[int]]:
 def adapt(layer: LinearBase, found: list[Piece], tensors: dict, step: Step, decision: int):
     """Give `layer` its shard of the experts of the pieces in `found`, in the dtype of the activations.
 
-    tensors: of each piece, by its place, the exchange tensors of its bank (experts_a [E, r, I], experts_b [E, O, r], ...).
+    tensors: of each piece, by its place, the exchange tensors of its bank (experts_a [E, r, I], experts_b [E, O, r],
+    ...).
     """
     a, b = [], []
     for index, piece in enumerate(found):
@@ -153,7 +160,7 @@ def _shard(bank: dict, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _adapted(method):
-    """The same method, of a class with AdaptedMethod in front. It keeps the class's name: vLLM knows some methods by it."""
+    """The same method, of a class with AdaptedMethod in front. The name stays: vLLM knows some methods by it."""
     cls = type(method)
     adapted = object.__new__(type(cls.__name__, (AdaptedMethod, cls), {"__module__": cls.__module__}))
     adapted.__dict__.update(method.__dict__)

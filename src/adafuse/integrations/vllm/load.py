@@ -1,4 +1,6 @@
-"""load: how many tokens each expert was chosen for, as a log line at intervals and as a counter of Prometheus. Knows torch, not vLLM."""
+"""load: how many tokens each expert was chosen for, as a log line at intervals and as a counter of Prometheus. Knows
+torch, not vLLM.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,11 @@ logger = logging.getLogger("vllm.adafuse")  # below vLLM's own, which has a hand
 
 
 class LoadReport:
-    """Reports the growth of a step's `load` [D, E] every `interval` seconds in which the engine runs. Never waits for the device.
+    """Reports the growth of a step's `load` [D, E] every `interval` seconds in which the engine runs. Never waits for
+    the device.
 
-    As a log line: the share of each expert, over all decisions. Where a server collects the metrics of its processes (it has set
-    PROMETHEUS_MULTIPROC_DIR) also as the counter `adafuse_expert_tokens_total`, by decision and expert.
+    As a log line: the share of each expert, over all decisions. Where a server collects the metrics of its processes
+    (it has set PROMETHEUS_MULTIPROC_DIR) also as the counter `adafuse_expert_tokens_total`, by decision and expert.
     """
 
     def __init__(self, interval: float):

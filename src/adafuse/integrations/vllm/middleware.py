@@ -1,4 +1,6 @@
-"""middleware: between the HTTP server and vLLM: a request that names the bare base's model is marked so. Knows ASGI, nothing of vLLM."""
+"""middleware: between the HTTP server and vLLM: a request that names the bare base's model is marked so. Knows ASGI,
+nothing of vLLM.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,11 @@ ALIKE = ("/tokenize", "/detokenize")  # the same for both models
 
 
 class ModelNames:
-    """An ASGI middleware, for vLLM's `--middleware`. The server's first model name is the adapted model, the second the bare base.
+    """An ASGI middleware, for vLLM's `--middleware`. The server's first model name is the adapted model, the second
+    the bare base.
 
-    A completion of the base gets the mark that `requests.Requests` looks for. The cache salts of both are kept apart, whatever clients send,
-    so that neither reads what the other has cached. Everything else passes as it came.
+    A completion of the base gets the mark that `requests.Requests` looks for. The cache salts of both are kept apart,
+    whatever clients send, so that neither reads what the other has cached. Everything else passes as it came.
     """
 
     def __init__(self, app):
@@ -80,7 +83,11 @@ async def _whole(receive):
 
 
 def _with_length(scope, length):
-    headers = [(name, value) for name, value in scope["headers"] if name.lower() not in (b"content-length", b"transfer-encoding")]
+    headers = [
+        (name, value)
+        for name, value in scope["headers"]
+        if name.lower() not in (b"content-length", b"transfer-encoding")
+    ]
     return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
 
 

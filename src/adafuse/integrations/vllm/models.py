@@ -1,4 +1,6 @@
-"""models: vLLM's model classes with a dynamic adapter. `AdaFuse<Architecture>` is made of the class of that name when it is asked for."""
+"""models: vLLM's model classes with a dynamic adapter. `AdaFuse<Architecture>` is made of the class of that name when
+it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,6 @@ from adafuse.integrations.vllm.start import Served, check_engine, check_fallback
 from adafuse.router import Router
 
 
-
-
 def __getattr__(name):
     if name.startswith(PREFIX):
         return adapted_class(name.removeprefix(PREFIX))
@@ -35,13 +35,16 @@ def adapted_class(architecture: str) -> type:
 
 
 class AdaptedModel:
-    """Mixed in front of a model class of vLLM's: loads the adapter that the model's config names, and routes each step before block 0."""
+    """Mixed in front of a model class of vLLM's: loads the adapter that the model's config names, and routes each
+    step before block 0.
+    """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs):
         config = vllm_config.model_config.hf_config
         served = Served.of(config)
         check_engine(vllm_config)
-        # vLLM keeps compiled graphs by a hash of the model's config: another adapter in the same folder must not meet those of the last.
+        # vLLM keeps compiled graphs by a hash of the model's config: another adapter in the same folder must not meet
+        # those of the last.
         setattr(config, DIGEST, served.digest or digest(served.adapter))
         if type(self).__name__ == PREFIX + FALLBACK:
             _give_back_name(config)
@@ -73,7 +76,9 @@ def _give_back_name(config):
 
 
 def request_starts() -> torch.Tensor | None:
-    """[requests + 1] int32: where in the running step each request's tokens begin, and their number; None in a step without requests."""
+    """[requests + 1] int32: where in the running step each request's tokens begin, and their number; None in a step
+    without requests.
+    """
     metadata = get_forward_context().attn_metadata
     if not metadata:
         return None
@@ -81,14 +86,15 @@ def request_starts() -> torch.Tensor | None:
     starts = getattr(first, "query_start_loc", None)
     if starts is None:
         raise ValueError(
-            f"this attention backend ({type(first).__name__}) does not say where a request's tokens begin, which an adapted model needs; "
-            "choose FLASH_ATTN or TRITON_ATTN with --attention-backend"
+            f"this attention backend ({type(first).__name__}) does not say where a request's tokens begin, which an "
+            "adapted model needs; choose FLASH_ATTN or TRITON_ATTN with --attention-backend"
         )
     return starts
 
 
 def attach(model, served: Served, vllm_config: VllmConfig) -> Step:
-    """Read the adapter and give every adapted linear of `model` its shard of the experts; the step they read their routing from.
+    """Read the adapter and give every adapted linear of `model` its shard of the experts; the step they read their
+    routing from.
 
     ValueError if the folder is not an adapter of this base, or names a linear that vLLM does not run as one.
     """
@@ -134,7 +140,11 @@ def _step(print_, config, tensors, vllm_config) -> Step:
 
 
 def _bank(tensors, path):
-    return {name: tensors[f"{path}.{name}"] for name in ("experts_a", "experts_b", "shared_a", "shared_b") if f"{path}.{name}" in tensors}
+    return {
+        name: tensors[f"{path}.{name}"]
+        for name in ("experts_a", "experts_b", "shared_a", "shared_b")
+        if f"{path}.{name}" in tensors
+    }
 
 
 def _linears(model, shapes):
@@ -151,8 +161,8 @@ def _check_shapes(path, found, shapes):
     for piece in found:
         if piece.features != shapes[piece.place]:
             raise ValueError(
-                f"the adapter was made on another base: {path} holds a linear of [out, in] {list(piece.features)}, the adapter has "
-                f"experts for {list(shapes[piece.place])}"
+                f"the adapter was made on another base: {path} holds a linear of [out, in] {list(piece.features)}, the "
+                f"adapter has experts for {list(shapes[piece.place])}"
             )
 
 
@@ -160,6 +170,6 @@ def _check_all(adapter, shapes, adapted):
     if missing := sorted(set(shapes) - adapted):
         block, path = missing[0]
         raise ValueError(
-            f"{adapter} has experts for {len(missing)} linear(s) that vLLM does not run as one (first: {path} of block {block}); train "
-            "an adapter with target_modules that leaves them out, or serve with HuggingFace"
+            f"{adapter} has experts for {len(missing)} linear(s) that vLLM does not run as one (first: {path} of block {block}); "
+            "train an adapter with target_modules that leaves them out, or serve with HuggingFace"
         )

@@ -1,9 +1,12 @@
-"""op: `torch.ops.adafuse.add_delta`, the one operation that an adapted linear adds to a model's graph. Knows torch, not vLLM.
+"""op: `torch.ops.adafuse.add_delta`, the one operation that an adapted linear adds to a model's graph. Knows torch,
+not vLLM.
 
-    y[t, columns of m] += sum_j scale(t, j) * B_m[row(t, j)] (A_m[row(t, j)] x[t])     for each linear m that shares the input x
+    y[t, columns of m] += sum_j scale(t, j) * B_m[row(t, j)] (A_m[row(t, j)] x[t])     for each linear m that shares
+    the input x
 
-Behind it: on a CUDA device the kernels of `ops.decode` for few tokens and of `ops.batch` beyond, elsewhere a dense form in plain PyTorch. The
-routing comes in the buffers of a `Step`, which stay where they are, so that a CUDA graph can hold the operation.
+Behind it: on a CUDA device the kernels of `ops.decode` for few tokens and of `ops.batch` beyond, elsewhere a dense
+form in plain PyTorch. The routing comes in the buffers of a `Step`, which stay where they are, so that a CUDA graph
+can hold the operation.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from adafuse.execution import FEW_TOKENS
 
 _library = torch.library.Library("adafuse", "FRAGMENT")
 _library.define(
-    "add_delta(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, int[] columns, Tensor[] routing, int decision, int[] shape) -> ()"
+    "add_delta(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, int[] columns, Tensor[] routing, int decision, "
+    "int[] shape) -> ()"
 )
 
 
@@ -36,11 +40,13 @@ class Shape(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """The buffers of a step, flat, each with room for the largest step: a step of T tokens uses the first elements of each.
+    """The buffers of a step, flat, each with room for the largest step: a step of T tokens uses the first elements of
+    each.
 
-    experts [D, T, K] int32 and weights [D, T, K] fp32 (times alpha / r); shared [T] fp32: the shared expert's scale; gates [D, T, E + 1]
-    fp32: each expert's weight by token, then the shared expert's. All weights of tokens without adapter are 0. order [D, T], counts
-    [D, tiles], blocks [D, tiles, num_blocks] int32: the tokens sorted into tiles (`ops.batch.Tiles`). What a device has no use for is empty.
+    experts [D, T, K] int32 and weights [D, T, K] fp32 (times alpha / r); shared [T] fp32: the shared expert's scale;
+    gates [D, T, E + 1] fp32: each expert's weight by token, then the shared expert's. All weights of tokens without
+    adapter are 0. order [D, T], counts [D, tiles], blocks [D, tiles, num_blocks] int32: the tokens sorted into tiles
+    (`ops.batch.Tiles`). What a device has no use for is empty.
     """
 
     experts: torch.Tensor
@@ -66,7 +72,9 @@ def few(tokens: int) -> bool:
 
 
 def add_dense(y, x, a, b, columns, routing: Routing, decision: int, shape: Shape):
-    """`add_delta` in plain PyTorch: all experts computed, masked in rank space. y [T, O], x [T, I]; a [R, I], b [R, O_m] of x's dtype."""
+    """`add_delta` in plain PyTorch: all experts computed, masked in rank space. y [T, O], x [T, I]; a [R, I], b [R,
+    O_m] of x's dtype.
+    """
     gates = view(routing.gates, shape.decisions, len(x), shape.num_experts + 1)[decision].to(x.dtype)
     mask = gates[:, :-1].repeat_interleave(shape.r, dim=1)
     if shape.shared_rank:

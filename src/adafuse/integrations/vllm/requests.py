@@ -1,5 +1,5 @@
-"""requests: which requests of the running batch go without adapter. What vLLM calls a logits processor, since it is told, in front of each
-step and on the host, how the batch has changed. It leaves the logits alone.
+"""requests: which requests of the running batch go without adapter. What vLLM calls a logits processor, since it is
+told, in front of each step and on the host, how the batch has changed. It leaves the logits alone.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from adafuse.integrations.vllm.names import BARE, INTERVAL, STEP
 
 
 class Requests(LogitsProcessor):
-    """A request whose `extra_args` hold `adafuse_bare: 1` is answered by the base alone, in the same batch as the others.
+    """A request whose `extra_args` hold `adafuse_bare: 1` is answered by the base alone, in the same batch as the
+    others.
 
-    Its cached prefixes are not those of the adapted model: whoever sends it must give it a `cache_salt` of its own. The server does.
+    Its cached prefixes are not those of the adapted model: whoever sends it must give it a `cache_salt` of its own.
+    The server does.
     """
 
     @classmethod

@@ -17,17 +17,21 @@ ROUTE_TOKENS = 64  # up to here the two launches of `ops.route` are quicker than
 class Step:
     """Routes the tokens of a step from h0 and writes the outcome into `routing`, which the linears of all blocks read.
 
-    router: fp32, where the tokens are. max_tokens: of a step. max_requests: of a step. A request is adapted unless `set_bare` said
-    otherwise; tokens that pad a step to a captured size are of no request and get no adapter. kernels: whether the linears run the Triton
-    kernels (None: on a CUDA device) or the dense form; they read different buffers.
+    router: fp32, where the tokens are. max_tokens: of a step. max_requests: of a step. A request is adapted unless
+    `set_bare` said otherwise; tokens that pad a step to a captured size are of no request and get no adapter.
+    kernels: whether the linears run the Triton kernels (None: on a CUDA device) or the dense form; they read
+    different buffers.
     """
 
-    def __init__(self, router: Router, config: AdaFuseConfig, *, hidden_size, max_tokens, max_requests, dtype, kernels=None):
+    def __init__(
+        self, router: Router, config: AdaFuseConfig, *, hidden_size, max_tokens, max_requests, dtype, kernels=None
+    ):
         self.router, self.config = router, config
         self.max_tokens, self.max_requests = max_tokens, max_requests
         device = self.device = router.device
         self.shape = Shape(router.num_decisions, config.num_experts, config.top_k, config.r, config.shared_rank)
-        # h0 as the model reads it: a graph of a part of the model would else read where the last step's embeddings were.
+        # h0 as the model reads it: a graph of a part of the model would else read where the last step's embeddings
+        # were.
         self.h0 = torch.zeros(max_tokens, hidden_size, dtype=dtype, device=device)
         self.adapted = torch.ones(max_requests + 1, dtype=torch.float32, device=device)
         self.load = torch.zeros(router.num_decisions, config.num_experts, dtype=torch.int64, device=device)
@@ -43,7 +47,9 @@ class Step:
         order, counts, blocks = 0, 0, 0
         if self._kernels:
             most = max(tile_counts(n, shape)[2] for n in {tokens, *(1 << i for i in range(tokens.bit_length()))})
-            num_blocks = max(tile_counts(n, shape)[3] for n in (1, tokens))  # block_r may depend on the number of tokens
+            num_blocks = max(
+                tile_counts(n, shape)[3] for n in (1, tokens)
+            )  # block_r may depend on the number of tokens
             order, counts, blocks = d * tokens, d * most, d * most * num_blocks
         return Routing(
             experts=experts,
@@ -56,20 +62,26 @@ class Step:
         )
 
     def set_bare(self, bare: list[bool]):
-        """Which requests of the batch, by their place in it, use the base without adapter. One copy to the device, without a wait."""
-        rows = torch.tensor([0.0 if b else 1.0 for b in bare], dtype=torch.float32, pin_memory=self.device.type == "cuda")
+        """Which requests of the batch, by their place in it, use the base without adapter. One copy to the device,
+        without a wait.
+        """
+        rows = torch.tensor(
+            [0.0 if b else 1.0 for b in bare], dtype=torch.float32, pin_memory=self.device.type == "cuda"
+        )
         self.adapted[: len(bare)].copy_(rows, non_blocking=True)
 
     @torch.no_grad()
     def route(self, h0: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
         """Decide for the tokens h0 [T, H], write the outcome, and return h0 in its buffer.
 
-        starts [requests + 1] int32: where each request's tokens begin, then their number (a graph's padding repeats it). None: no token
-        belongs to a request (the engine measures memory).
+        starts [requests + 1] int32: where each request's tokens begin, then their number (a graph's padding repeats
+        it). None: no token belongs to a request (the engine measures memory).
         """
         tokens = len(h0)
         if tokens > self.max_tokens:
-            raise ValueError(f"a step of {tokens} tokens came, with room for {self.max_tokens} (max_num_batched_tokens)")
+            raise ValueError(
+                f"a step of {tokens} tokens came, with room for {self.max_tokens} (max_num_batched_tokens)"
+            )
         d, k = self.shape.decisions, self.shape.top_k
         experts, weights = (view(buffer, d, tokens, k) for buffer in (self.routing.experts, self.routing.weights))
         active = self._active(tokens, starts)

@@ -1,7 +1,10 @@
-"""start: what is checked before an adapter is served, and the options that make vLLM serve it. Needs transformers, not vLLM."""
+"""start: what is checked before an adapter is served, and the options that make vLLM serve it. Needs transformers,
+not vLLM.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +17,11 @@ MIXTURE = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 
 
 def llm_options(base, adapter) -> dict:
-    """Keyword arguments for `vllm.LLM` that serve `base` with the adapter in folder `adapter`:  LLM(**llm_options(base, adapter), ...).
+    """Keyword arguments for `vllm.LLM` that serve `base` with the adapter in folder `adapter`:
+    LLM(**llm_options(base, adapter), ...).
 
-    base: folder, or hub id, of a HuggingFace causal LM. Raises ValueError if the adapter is not one of this base, or its architecture
-    cannot be served.
+    base: folder, or hub id, of a HuggingFace causal LM. Raises ValueError if the adapter is not one of this base, or
+    its architecture cannot be served.
     """
     from adafuse.discover import find_targets
     from adafuse.fingerprint import check_same_base, fingerprint
@@ -35,7 +39,9 @@ def llm_options(base, adapter) -> dict:
 
 @dataclass(frozen=True)
 class Served:
-    """The adapter that a server serves: its folder, and what its weights file was when the server was started ("" if unknown)."""
+    """The adapter that a server serves: its folder, and what its weights file was when the server was started ("" if
+    unknown).
+    """
 
     adapter: Path
     digest: str = ""
@@ -46,8 +52,8 @@ class Served:
         adapter = getattr(hf_config, ADAPTER, None)
         if not adapter:
             raise ValueError(
-                f"this model is to carry a dynamic adapter, but its config names none: pass hf_overrides with {ADAPTER!r} (the adapter's "
-                "folder), as adafuse.integrations.vllm.start.llm_options gives them"
+                "this model is to carry a dynamic adapter, but its config names none: pass hf_overrides with "
+                f"{ADAPTER!r} (the adapter's folder), as adafuse.integrations.vllm.start.llm_options gives them"
             )
         return cls(Path(adapter), getattr(hf_config, DIGEST, "") or "")
 
@@ -56,13 +62,19 @@ class Served:
         description = checkpoint.read_description(self.adapter)
         print_ = description.get("fingerprint")
         if not isinstance(print_, dict) or not isinstance(print_.get("linears"), dict):
-            raise ValueError(f"{self.adapter}: its adapter_config.json has no fingerprint of the base; was it written by adafuse?")
+            raise ValueError(
+                f"{self.adapter}: its adapter_config.json has no fingerprint of the base; was it written by adafuse?"
+            )
         return description, checkpoint.config_of(description)
 
     def check_unchanged(self):
-        """ValueError if the weights file is another than when the server was started: ranks must not read different adapters."""
+        """ValueError if the weights file is another than when the server was started: ranks must not read different
+        adapters.
+        """
         if self.digest and digest(self.adapter) != self.digest:
-            raise ValueError(f"{self.adapter / checkpoint.WEIGHTS_FILE} changed while the server was starting; start it again")
+            raise ValueError(
+                f"{self.adapter / checkpoint.WEIGHTS_FILE} changed while the server was starting; start it again"
+            )
 
 
 def digest(adapter) -> str:
@@ -89,13 +101,15 @@ def base_config(base):
 
 
 def architecture(config) -> str:
-    """The class of vLLM's that serves models of this HuggingFace config. ValueError if an adapter cannot be served on them."""
+    """The class of vLLM's that serves models of this HuggingFace config. ValueError if an adapter cannot be served on
+    them.
+    """
     named = (getattr(config, "architectures", None) or ["none"])[0]
     text = config.get_text_config(decoder=True)
     if count := next((n for key in MIXTURE if (n := getattr(text, key, None))), None):
         raise ValueError(
-            f"{named} ({config.model_type}) is a mixture backbone of {count} experts, which vLLM does not run as linears; a dynamic adapter "
-            "cannot be served on it"
+            f"{named} ({config.model_type}) is a mixture backbone of {count} experts, which vLLM does not run as "
+            "linears; a dynamic adapter cannot be served on it"
         )
     if named in NATIVE:
         return named
@@ -104,23 +118,25 @@ def architecture(config) -> str:
 
 
 def check_fallback(named, config):
-    """ValueError if vLLM's Transformers backend cannot serve models of this config, of an architecture `named` so, with an adapter."""
+    """ValueError if vLLM's Transformers backend cannot serve models of this config, of an architecture `named` so,
+    with an adapter.
+    """
     from transformers import AutoModelForCausalLM
 
     if config.is_encoder_decoder or config is not config.get_text_config(decoder=True):
         raise ValueError(
-            f"{named} ({config.model_type}) is not a decoder of text alone, and cannot be served with an adapter; served are "
-            f"{', '.join(NATIVE)}, and text models of transformers"
+            f"{named} ({config.model_type}) is not a decoder of text alone, and cannot be served with an "
+            f"adapter; served are {', '.join(NATIVE)}, and text models of transformers"
         )
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(
-            f"{named} ({config.model_type}) is no causal LM of transformers, and cannot be served with an adapter; served are "
-            f"{', '.join(NATIVE)}, and text models of transformers"
+            f"{named} ({config.model_type}) is no causal LM of transformers, and cannot be served with an "
+            f"adapter; served are {', '.join(NATIVE)}, and text models of transformers"
         )
     if not enters_unchanged(empty_model(config)):
         raise ValueError(
-            f"{named} ({config.model_type}) changes its embeddings before block 0 (adds positions, say): tokens cannot be routed before "
-            "the model runs, so vLLM cannot serve an adapter on it; use `adafuse generate`"
+            f"{named} ({config.model_type}) changes its embeddings before block 0 (adds positions, say): tokens cannot "
+            "be routed before the model runs, so vLLM cannot serve an adapter on it; use `adafuse generate`"
         )
 
 
@@ -143,10 +159,8 @@ def enters_unchanged(model) -> bool:
         embeddings = torch.empty(1, 4, width, dtype=model.dtype)
         mask = torch.zeros(1, 1, 4, 4, dtype=model.dtype)  # ready made, since making one reads values
         given = {"attention_mask": mask, "position_ids": torch.arange(4)[None], "use_cache": False}
-        try:
+        with contextlib.suppress(StopIteration):
             model.get_decoder()(inputs_embeds=embeddings, **given)
-        except StopIteration:
-            pass
     return bool(seen) and seen[0] is embeddings
 
 
@@ -164,7 +178,9 @@ def empty_model(config):
 
 
 def check_fingerprint(adapter, print_: dict, config):
-    """ValueError unless the adapter was made on a base like the one of this HuggingFace config. Its linears are compared elsewhere."""
+    """ValueError unless the adapter was made on a base like the one of this HuggingFace config. Its linears are
+    compared elsewhere.
+    """
     _check_model_type(adapter, print_, config)
     text = config.get_text_config(decoder=True)
     for key in ("hidden_size", "num_hidden_layers"):
@@ -177,7 +193,9 @@ def _check_model_type(adapter, print_, config):
 
 def _check_same(adapter, print_, key, value):
     if print_.get(key) != value:
-        raise ValueError(f"{adapter} was made on another base: {key} is {print_.get(key, 'absent')} there and {value} in this model")
+        raise ValueError(
+            f"{adapter} was made on another base: {key} is {print_.get(key, 'absent')} there and {value} in this model"
+        )
 
 
 def check_engine(vllm_config):
@@ -185,8 +203,8 @@ def check_engine(vllm_config):
     parallel = vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1:
         raise ValueError(
-            f"pipeline_parallel_size={parallel.pipeline_parallel_size}: tokens are routed from the embeddings, which only the first stage "
-            "has; use tensor parallelism (--tensor-parallel-size)"
+            f"pipeline_parallel_size={parallel.pipeline_parallel_size}: tokens are routed from the embeddings, which only "
+            "the first stage has; use tensor parallelism (--tensor-parallel-size)"
         )
     if vllm_config.lora_config is not None:
         raise ValueError("enable_lora: vLLM's own LoRAs and a dynamic adapter exclude each other; start without it")
