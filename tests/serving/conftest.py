@@ -20,6 +20,7 @@ if INSTALLED:
         VLLM_CPU_KVCACHE_SPACE="1",
         VLLM_LOGGING_LEVEL="WARNING",
         OMP_NUM_THREADS="1",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",  # else every engine takes the same core
         VLLM_CACHE_ROOT=_cache.name,  # nothing compiled by an earlier run
     )
 

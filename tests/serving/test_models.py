@@ -4,7 +4,9 @@ time.
 
 import pytest
 import tiny
+import vllm
 from engines import REQUESTS, compare, engine, texts
+from packaging.version import Version
 
 CHUNKED = {"max_num_batched_tokens": 16, "max_num_seqs": 4, "enable_prefix_caching": True, "block_size": 32}
 PREEMPTED = {
@@ -55,6 +57,8 @@ def judged(base, adapter, prompts, found):
 
 @pytest.mark.parametrize("name", FALLBACK)
 def test_texts_of_the_transformers_backend_equal_huggingfaces(name, tmp_path):
+    if name == "gpt-neox" and Version(vllm.__version__) < Version("0.32"):
+        pytest.skip("the Transformers backend of this vLLM cannot load GPT-NeoX's head, with or without an adapter")
     settings, options = FALLBACK[name]
     base, adapter = made(tmp_path, name, settings)
     prompts = tiny.prompts()
