@@ -15,6 +15,7 @@ from families import family, fill
 from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from adafuse import AdaFuseConfig, AdaFuseModel, checkpoint
+from adafuse import serve as serve_module
 from adafuse.integrations.vllm.middleware import ModelNames, rewrite
 from adafuse.integrations.vllm.start import Served, digest, llm_options
 from adafuse.serve import server_arguments
@@ -156,6 +157,11 @@ def test_names_and_host_can_be_chosen(tmp_path):
     arguments = server_arguments(adapter, base, name="tuned", adapted_only=True)
     assert arguments[-2:] == ["--served-model-name", "tuned"]
     assert "--middleware" not in arguments
+    assert "--logits-processors" in arguments  # the load is reported
+    options = {"adapted_only": True, "load_interval": 0}
+    assert "--logits-processors" not in server_arguments(
+        adapter, base, **options, options=["--speculative-config", "{}"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,12 +173,26 @@ def test_names_and_host_can_be_chosen(tmp_path):
         ("--served-model-name", "use --name"),
         ("--model", "use --base"),
         ("--enable-lora", "cannot be given"),
+        ("--logits-processors", "cannot be given"),
         ("--speculative-config", "leave it out"),
     ],
 )
 def test_options_that_would_undo_it_are_refused(option, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         server_arguments(tmp_path, tmp_path, options=[option, "1"])
+
+
+def test_a_runner_that_does_not_tell_whose_tokens_are_run_is_refused(tmp_path, monkeypatch):
+    base, adapter = save(tmp_path, "llama")
+    monkeypatch.setattr(serve_module.importlib.util, "find_spec", lambda name: name)  # as if vLLM were there
+    started = []
+    monkeypatch.setattr(serve_module, "_start", started.append)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="does not tell which request"):
+        serve_module.run_server(adapter, base)
+    assert not started
+    serve_module.run_server(adapter, base, adapted_only=True, load_interval=0)
+    assert len(started) == 1
 
 
 def test_two_models_of_one_name_are_refused(tmp_path):

@@ -41,24 +41,21 @@ def run_server(adapter, base=None, *, name=None, base_name=None, adapted_only=Fa
         load_interval=load_interval,
         options=options,
     )
-    if not adapted_only:
-        # The newer runner of vLLM does not tell plugins which request a token is of.
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    if _follows(adapted_only, load_interval):
+        _choose_runner()
     with tempfile.TemporaryDirectory(prefix="adafuse-metrics-") as metrics:
-        os.environ.setdefault(
-            "PROMETHEUS_MULTIPROC_DIR", metrics
-        )  # so that /metrics hears of the engine's processes too
+        # So that /metrics hears of the engine's processes too.
+        os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics)
         _start(arguments)
 
 
 def server_arguments(
     adapter, base=None, *, name=None, base_name=None, adapted_only=False, load_interval=60.0, options=()
 ) -> list[str]:
-    """The arguments of vLLM's server. ValueError if the adapter cannot be served on the base, or an option would undo
-    it.
-    """
+    """The arguments of vLLM's server. ValueError if the adapter cannot be served, or an option would undo it."""
     options = list(options)
-    _check_options(options)
+    follows = _follows(adapted_only, load_interval)
+    _check_options(options, follows)
     folder = checkpoint.locate(adapter)
     base = base or checkpoint.read_description(folder)["base_model_name_or_path"]
     if not base:
@@ -72,19 +69,36 @@ def server_arguments(
         names.append(base_name or str(base))
     if len(set(names)) < len(names):
         raise ValueError(f"both models would be called {names[0]!r}; choose others with --name and --base-name")
-    arguments += ["--logits-processors", "adafuse.integrations.vllm.requests:Requests"]
+    if follows:
+        arguments += ["--logits-processors", "adafuse.integrations.vllm.requests:Requests"]
     if not _given(options, "--host"):
         arguments += ["--host", HOST]
     return [*arguments, *options, "--served-model-name", *names]
 
 
-def _check_options(options):
-    for option, instead in OURS.items():
+def _follows(adapted_only, load_interval):
+    """Whether the batch is followed: to tell whose tokens have an adapter, and to report the load."""
+    return not adapted_only or load_interval > 0
+
+
+def _choose_runner():
+    """Of vLLM's two model runners the first: the second does not tell a plugin how the batch changes in front of a step."""
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0").lower() in ("1", "true"):
+        raise ValueError(
+            "VLLM_USE_V2_MODEL_RUNNER=1: the second model runner of vLLM does not tell which request a token is of; unset it, "
+            "or serve with --adapted-only --load-interval 0"
+        )
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+
+
+def _check_options(options, follows):
+    for option, instead in ({**OURS, "--logits-processors": ""} if follows else OURS).items():
         if _given(options, option):
             raise ValueError(f"{option} cannot be given to adafuse serve" + (f"; use {instead}" if instead else ""))
-    if _given(options, "--speculative-config"):
+    if follows and _given(options, "--speculative-config"):
         raise ValueError(
-            "--speculative-config: vLLM then takes no part of ours that says which request a token is of; leave it out"
+            "--speculative-config: vLLM then does not tell which request a token is of; leave it out, or serve with "
+            "--adapted-only --load-interval 0"
         )
 
 

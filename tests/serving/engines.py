@@ -11,7 +11,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # an engine here costs two s
 from vllm import LLM, SamplingParams
 
 from adafuse.integrations.vllm.names import BARE, SALTS
-from adafuse.integrations.vllm.start import llm_options
+from adafuse.integrations.vllm import llm_options
 
 TOKENS = 24
 REQUESTS = "adafuse.integrations.vllm.requests:Requests"
