@@ -10,8 +10,8 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # an engine here costs two s
 
 from vllm import LLM, SamplingParams
 
-from adafuse.integrations.vllm.names import BARE, SALTS
 from adafuse.integrations.vllm import llm_options
+from adafuse.integrations.vllm.names import BARE, SALTS
 
 TOKENS = 24
 REQUESTS = "adafuse.integrations.vllm.requests:Requests"
