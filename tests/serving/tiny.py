@@ -46,8 +46,10 @@ _SHAPE = {
 }
 _GATED = {**_SHAPE, "num_key_value_heads": 2}  # head_dim 32: the least that vLLM's attention has on a CPU
 _GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
+_WIDE = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 384}  # head_dim 64, for a GPU's attention
 MAKE = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_GATED)),
+    "llama-wide": lambda: LlamaForCausalLM(LlamaConfig(**{**_GATED, **_WIDE})),
     "llama-grouped": lambda: LlamaForCausalLM(LlamaConfig(**{**_GATED, "num_key_value_heads": 1})),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_GATED, sliding_window=16)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_GATED)),
