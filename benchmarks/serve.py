@@ -5,8 +5,11 @@ A closed loop: each of `in_flight` clients sends its next request when its last 
 up. Prompts are random token ids, the same for each model, and every request generates exactly `max_tokens`. Each
 round is a sample; the models take turns in every round, so that a drift of the machine hits all alike.
 
-    adafuse serve --adapter adapter --name tuned --base-name plain --port 8000
-    python benchmarks/serve.py --models plain tuned --in-flight 1 8 32 --out benchmarks/results/h100/serve.json
+    vllm serve BASE --served-model-name plain --port 8001
+    adafuse serve --adapter adapter --name tuned --port 8000
+    python benchmarks/serve.py --models plain@http://127.0.0.1:8001 tuned --in-flight 1 8 32 --out serve.json
+
+The bare base of an adapted server is no measure of what an adapter costs: its tokens pass the same kernels, with weight 0.
 """
 
 from __future__ import annotations
@@ -138,41 +141,38 @@ def measure(options) -> list[dict]:
                 prompt_tokens=options.prompt_tokens,
                 max_tokens=options.max_tokens,
                 vocab=options.vocab,
-                seed=(turn, in_flight).__hash__(),
+                seed=1000 * in_flight + turn,
             )
             for model in options.models:
-                load = asyncio.run(run(options.url, [{**body, "model": model} for body in bodies], in_flight=in_flight))
+                name, _, url = model.partition("@")
+                asked = [{**body, "model": name} for body in bodies]
+                load = asyncio.run(run(url or options.url, asked, in_flight=in_flight))
                 for error in load.errors[:3]:
                     print(f"{model}: {error}")
                 if turn:
-                    found.setdefault((model, in_flight), []).append(load.metrics())
+                    found.setdefault((name, in_flight), []).append(load.metrics())
     return [row for key in found for row in _rows(found, key, options)]
 
 
 def _rows(found, key, options):
-    model, in_flight = key
-    case = {
-        "in_flight": in_flight,
-        "prompt_tokens": options.prompt_tokens,
-        "max_tokens": options.max_tokens,
-        "domain": "random",
-        **options.case,
-    }
+    name, in_flight = key
+    sizes = {"in_flight": in_flight, "prompt_tokens": options.prompt_tokens, "max_tokens": options.max_tokens}
+    case = {**sizes, "domain": "random", **options.case}
+    first = options.models[0].partition("@")[0]
     for metric, unit in METRICS.items():
-        samples = {name: [values[metric] for values in found[name, in_flight]] for name in options.models}
-        first = options.models[0]
-        against = record.row(f"serve/{metric}/{first}", case, samples[first], unit) if model != first else None
+        mine, firsts = ([values[metric] for values in found[each, in_flight]] for each in (name, first))
         # No ratio of errors, of which there should be none.
-        yield record.row(
-            f"serve/{metric}/{model}", case, samples[model], unit, vs=against if metric != "errors" else None
+        against = (
+            None if name == first or metric == "errors" else record.row(f"serve/{metric}/{first}", case, firsts, unit)
         )
+        yield record.row(f"serve/{metric}/{name}", case, mine, unit, vs=against)
 
 
 def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default=URL)
     parser.add_argument(
-        "--models", nargs="+", required=True, help="names of the server's models; the first is compared with"
+        "--models", nargs="+", required=True, help="NAME or NAME@URL of a server's model; the first is compared with"
     )
     parser.add_argument("--in-flight", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=256, help="at most so many requests a round")

@@ -7,6 +7,8 @@ from engines import REQUESTS, compare, engine, texts
 def check(base, adapter, bare=(), **options):
     prompts = tiny.prompts()
     with engine(base, adapter, **options) as llm:
+        if options.get("enforce_eager") is False:
+            assert llm.apply_model(lambda model: model.model.do_not_compile) == [False]
         found = texts(llm, prompts, bare=bare)
     models = {True: tiny.reference(base, None), False: tiny.reference(base, adapter)}
     compare(found, [tiny.judge(models[place in bare], prompts[place], ids) for place, (ids, _) in enumerate(found)])
