@@ -3,6 +3,7 @@
 import pytest
 import tiny
 from engines import REQUESTS, compare, engine, texts
+from transformers import MixtralConfig, MixtralForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.registry import ModelRegistry
@@ -85,3 +86,14 @@ def test_a_bad_mark_is_refused_before_it_reaches_the_engine(folders):
             llm.generate({"prompt_token_ids": [1]}, params, use_tqdm=False)
         found = texts(llm, [[1, 2]], tokens=4)
     compare(found, [tiny.judge(tiny.reference(base, adapter), [1, 2], found[0][0])])
+
+
+def test_a_mixture_backbone_is_refused_by_the_engine_too(folders, tmp_path):
+    _, adapter = folders
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2, vocab_size=tiny.VOCAB)
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    overrides = {"architectures": ["AdaFuseTransformersForCausalLM"], "adafuse_adapter": str(adapter)}
+    with pytest.raises(ValueError, match="mixture backbone of 2 experts"):
+        start(tmp_path, **overrides)

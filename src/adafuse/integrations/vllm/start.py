@@ -101,16 +101,8 @@ def base_config(base):
 
 
 def architecture(config) -> str:
-    """The class of vLLM's that serves models of this HuggingFace config. ValueError if an adapter cannot be served on
-    them.
-    """
+    """The class of vLLM's for models of this HuggingFace config. ValueError if no adapter can be served on them."""
     named = (getattr(config, "architectures", None) or ["none"])[0]
-    text = config.get_text_config(decoder=True)
-    if count := next((n for key in MIXTURE if (n := getattr(text, key, None))), None):
-        raise ValueError(
-            f"{named} ({config.model_type}) is a mixture backbone of {count} experts, which vLLM does not run as "
-            "linears; a dynamic adapter cannot be served on it"
-        )
     if named in NATIVE:
         return named
     check_fallback(named, config)
@@ -118,12 +110,16 @@ def architecture(config) -> str:
 
 
 def check_fallback(named, config):
-    """ValueError if vLLM's Transformers backend cannot serve models of this config, of an architecture `named` so,
-    with an adapter.
-    """
+    """ValueError if vLLM's Transformers backend serves no adapter on models of this config, an architecture `named` so."""
     from transformers import AutoModelForCausalLM
 
-    if config.is_encoder_decoder or config is not config.get_text_config(decoder=True):
+    text = config.get_text_config(decoder=True)
+    if count := next((n for key in MIXTURE if (n := getattr(text, key, None))), None):
+        raise ValueError(
+            f"{named} ({config.model_type}) is a mixture backbone of {count} experts, which vLLM does not run as "
+            "linears; a dynamic adapter cannot be served on it"
+        )
+    if config.is_encoder_decoder or config is not text:
         raise ValueError(
             f"{named} ({config.model_type}) is not a decoder of text alone, and cannot be served with an "
             f"adapter; served are {', '.join(NATIVE)}, and text models of transformers"
