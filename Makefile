@@ -24,10 +24,13 @@ test: $(VENV)/.dev  ## Lint, import contract, tests.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	@$(MAKE) --no-print-directory test-serving
 
-test-serving:  ## Tests of the vLLM plugin, on vLLM's CPU build.
-	@if [ "$$(uname -s)" = Linux ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
-	  $(MAKE) --no-print-directory $(VLLM)/.dev && $(VLLM)/bin/python -m pytest tests/serving -n 2 --dist loadfile; \
-	else echo "the tests of serving were left out: vLLM's CPU build needs Linux and Python 3.11 or newer"; fi
+ifeq ($(shell test "$$(uname -s)" = Linux && $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))'),True)
+test-serving: $(VLLM)/.dev  ## Tests of the vLLM plugin, on vLLM's CPU build.
+	$(VLLM)/bin/python -m pytest tests/serving -n 2 --dist loadfile
+else
+test-serving:
+	@echo "the tests of serving were left out: vLLM's CPU build needs Linux and Python 3.11 or newer"
+endif
 
 domains: $(VENV)/.domains  ## Build the benchmark's multiple-choice items of seven domains; asks a choices-only reader.
 	$(BIN)/python benchmarks/domains/build.py --out benchmarks/domains/data --seed 0 --control

@@ -50,9 +50,8 @@ class Server:
             self.process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment)
 
     def wait(self):
-        for _ in range(120):
-            if self.process.poll() is not None:
-                break
+        until = time.monotonic() + 240
+        while time.monotonic() < until and self.process.poll() is None:
             try:
                 return self.get("/health")
             except OSError:
@@ -96,7 +95,11 @@ class Server:
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
 
 
 def _descendants(pid):
