@@ -239,6 +239,30 @@ def demo(
     run_demo(out=out, seed=seed)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: adafuse serve --adapter ./adapter --port 8000 --max-model-len 4096",
+)
+def serve(
+    context: typer.Context,
+    adapter: Adapter,
+    base: Base = None,
+    name: Annotated[
+        str | None, typer.Option(help="Model name of the base with the adapter. Default: the folder's.")
+    ] = None,
+    base_name: Annotated[
+        str | None, typer.Option(help="Model name of the bare base. Default: what --base says.")
+    ] = None,
+    adapted_only: Annotated[bool, typer.Option("--adapted-only", help="Do not offer the bare base.")] = False,
+    load_interval: Annotated[float, typer.Option(help="Seconds between reports of the experts' load; 0: none.")] = 60.0,
+):
+    """Serve a base with an adapter, and without, over vLLM's OpenAI API, on 127.0.0.1. Further options go to vLLM's server."""
+    from adafuse.serve import run_server
+
+    names = {"name": name, "base_name": base_name, "adapted_only": adapted_only}
+    run_server(adapter, base, **names, load_interval=load_interval, options=context.args)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,

@@ -1,0 +1,199 @@
+"""Load on an OpenAI server: so many requests in flight at any time, streamed; throughput, time to the first token,
+time between tokens.
+
+A closed loop: each of `in_flight` clients sends its next request when its last has ended, until the requests are used
+up. Prompts are random token ids, the same for each model, and every request generates exactly `max_tokens`. Each
+round is a sample; the models take turns in every round, so that a drift of the machine hits all alike.
+
+    vllm serve BASE --served-model-name plain --port 8001
+    adafuse serve --adapter adapter --name tuned --port 8000
+    python benchmarks/serve.py --models plain@http://127.0.0.1:8001 tuned --in-flight 1 8 32 --out serve.json
+
+The bare base of an adapted server is no measure of what an adapter costs: its tokens pass the same kernels, with weight 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import record
+
+URL = "http://127.0.0.1:8000"
+# name of a row -> unit
+METRICS = {
+    "throughput": "tokens/s",
+    "ttft_p50": "ms",
+    "ttft_p99": "ms",
+    "inter_token_p50": "ms",
+    "inter_token_p99": "ms",
+    "errors": "",
+}
+
+
+@dataclass
+class Load:
+    """What a number of requests gave: seconds in all, tokens generated, seconds to first tokens and between tokens,
+    errors as text.
+    """
+
+    seconds: float = 0.0
+    tokens: int = 0
+    ttft: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, float]:
+        """The values of METRICS."""
+        return {
+            "throughput": self.tokens / self.seconds,
+            "ttft_p50": 1e3 * percentile(self.ttft, 50),
+            "ttft_p99": 1e3 * percentile(self.ttft, 99),
+            "inter_token_p50": 1e3 * percentile(self.gaps, 50),
+            "inter_token_p99": 1e3 * percentile(self.gaps, 99),
+            "errors": float(len(self.errors)),
+        }
+
+
+def percentile(values, percent) -> float:
+    """NaN of nothing."""
+    if len(values) < 2:
+        return values[0] if values else float("nan")
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def requests(count, *, prompt_tokens, max_tokens, vocab, seed=0) -> list[dict]:
+    """Bodies of completions, without a model: random prompts of `prompt_tokens` tokens, exactly `max_tokens` to
+    generate.
+    """
+    source = random.Random(seed)
+    options = {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    return [
+        {
+            "prompt": [source.randrange(1, vocab) for _ in range(prompt_tokens)],
+            **options,
+            "stream_options": {"include_usage": True},
+        }
+        for _ in range(count)
+    ]
+
+
+async def run(url, bodies, *, in_flight, timeout=600.0) -> Load:
+    """Send the bodies (each with its model), `in_flight` at a time. A request that fails is an error of the Load,
+    never an exception.
+    """
+    import aiohttp
+
+    load, pending = Load(), iter(bodies)
+    connector = aiohttp.TCPConnector(limit=in_flight)
+    limits = aiohttp.ClientTimeout(total=timeout)
+    async with aiohttp.ClientSession(connector=connector, timeout=limits) as session:
+
+        async def client():
+            for body in pending:  # one iterator for all clients
+                try:
+                    await _one(session, f"{url}/v1/completions", body, load)
+                except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
+                    load.errors.append(f"{type(error).__name__}: {error}")
+
+        start = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(in_flight)))
+        load.seconds = time.perf_counter() - start
+    return load
+
+
+async def _one(session, url, body, load):
+    start, last, tokens = time.perf_counter(), None, 0
+    async with session.post(url, json=body) as response:
+        if response.status != 200:
+            raise ValueError(f"status {response.status}: {(await response.text())[:200]}")
+        async for line in response.content:
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[len(b"data: ") :])
+            if "error" in event:
+                raise ValueError(f"error in the stream: {event['error']}")
+            if not event.get("choices"):
+                tokens = event["usage"]["completion_tokens"]
+                continue
+            now = time.perf_counter()
+            (load.ttft if last is None else load.gaps).append(now - (start if last is None else last))
+            last = now
+    if tokens != body["max_tokens"]:
+        raise ValueError(f"{tokens} tokens came, {body['max_tokens']} were asked for")
+    load.tokens += tokens
+
+
+def measure(options) -> list[dict]:
+    """A row for each model, number in flight and metric. The first model is what the others are compared with."""
+    found = {}
+    for in_flight in options.in_flight:
+        count = max(in_flight, min(options.requests, options.requests_each * in_flight))
+        for turn in range(options.rounds + 1):  # the first is for warming up
+            # Prompts of its own in each round: no cached prefix helps.
+            bodies = requests(
+                count,
+                prompt_tokens=options.prompt_tokens,
+                max_tokens=options.max_tokens,
+                vocab=options.vocab,
+                seed=1000 * in_flight + turn,
+            )
+            for model in options.models:
+                name, _, url = model.partition("@")
+                asked = [{**body, "model": name} for body in bodies]
+                load = asyncio.run(run(url or options.url, asked, in_flight=in_flight))
+                for error in load.errors[:3]:
+                    print(f"{model}: {error}")
+                if turn:
+                    found.setdefault((name, in_flight), []).append(load.metrics())
+    return [row for key in found for row in _rows(found, key, options)]
+
+
+def _rows(found, key, options):
+    name, in_flight = key
+    sizes = {"in_flight": in_flight, "prompt_tokens": options.prompt_tokens, "max_tokens": options.max_tokens}
+    case = {**sizes, "domain": "random", **options.case}
+    first = options.models[0].partition("@")[0]
+    for metric, unit in METRICS.items():
+        mine, firsts = ([values[metric] for values in found[each, in_flight]] for each in (name, first))
+        # No ratio of errors, of which there should be none.
+        against = (
+            None if name == first or metric == "errors" else record.row(f"serve/{metric}/{first}", case, firsts, unit)
+        )
+        yield record.row(f"serve/{metric}/{name}", case, mine, unit, vs=against)
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--url", default=URL)
+    parser.add_argument(
+        "--models", nargs="+", required=True, help="NAME or NAME@URL of a server's model; the first is compared with"
+    )
+    parser.add_argument("--in-flight", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--requests", type=int, default=256, help="at most so many requests a round")
+    parser.add_argument("--requests-each", type=int, default=8, help="and so many for each in flight")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--vocab", type=int, default=30000, help="prompts are of token ids below this")
+    parser.add_argument(
+        "--case", type=json.loads, default={}, help='JSON that goes into each case: {"model": "llama-2-7b", "r": 16}'
+    )
+    parser.add_argument("--out", required=True)
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    options = parse(arguments)
+    if options.rounds < 2:
+        raise SystemExit("--rounds must be 2 or more: a row needs a median and percentiles")
+    record.write(options.out, measure(options))
+
+
+if __name__ == "__main__":
+    main()

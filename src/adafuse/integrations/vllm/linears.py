@@ -1,0 +1,167 @@
+"""linears: each adapted linear of vLLM's model gets its tensor-parallel shard of the experts, and adds them to its
+output.
+
+A mixin goes in front of the class of the layer's own `quant_method`, so any quantisation keeps working:
+y = base(x) + delta(x). Nothing is communicated for it: a column-parallel linear has all of A and its rows of B; a
+row-parallel one its columns of A and all of B, and its delta is part of the sum over ranks that follows anyway.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+
+from adafuse.integrations.vllm.routing import Step
+
+
+class Piece(NamedTuple):
+    """One linear of the HuggingFace model, as a part of a linear of vLLM's on this rank.
+
+    place: (block, path within the block), in HuggingFace's names. column: where its outputs begin in those of vLLM's
+    linear. rows: which of its own outputs these are; columns: which of its inputs. features: its (out, in), whole.
+    """
+
+    place: tuple[int, str]
+    column: int
+    rows: slice
+    columns: slice
+    features: tuple[int, int]
+
+
+class AdaptedMethod:
+    """Mixed in front of a layer's linear method: the experts' part is added to what the method computes."""
+
+    def apply(self, layer, x, bias=None):
+        y = super().apply(layer, x, bias)
+        adapter = layer.adafuse
+        torch.ops.adafuse.add_delta(
+            y,
+            x,
+            [getattr(layer, name) for name in adapter.a],
+            [getattr(layer, name) for name in adapter.b],
+            adapter.columns,
+            [getattr(layer, name) for name in adapter.routing],
+            adapter.decision,
+            adapter.shape,
+        )
+        return y
+
+
+class Adapter(NamedTuple):
+    """What a layer knows of its adapter: names of its buffers, and numbers."""
+
+    a: list[str]
+    b: list[str]
+    columns: list[int]
+    routing: list[str]
+    decision: int
+    shape: list[int]
+
+
+def place(path: str) -> tuple[int, str] | None:
+    """(block, path within it) of a module's path: what follows the first number; None if there is no number."""
+    names = path.split(".")
+    at = next((i for i, name in enumerate(names) if name.isdigit()), None)
+    return None if at is None else (int(names[at]), ".".join(names[at + 1 :]))
+
+
+def pieces(path: str, layer: LinearBase, packed: dict[str, list[str]]) -> list[Piece]:
+    """The linears of the HuggingFace model that a layer of vLLM's holds.
+
+    packed: name of a fused linear -> names of its parts.
+    """
+    block, inside = place(path)
+    parent, _, leaf = inside.rpartition(".")
+    names = packed.get(leaf, [leaf])
+    starts, sizes, whole = _outputs(layer)
+    if len(names) != len(sizes):
+        if len(names) > 1:
+            raise ValueError(f"{path}: vLLM fuses {len(sizes)} linears there, its model names {', '.join(names)}")
+        return _one_piece(path, block, inside, starts, sizes, whole, layer)
+    columns = _inputs(layer)
+    found, column = [], 0
+    for name, start, size, out_features in zip(names, starts, sizes, whole, strict=True):
+        at = (block, f"{parent}.{name}" if parent else name)
+        found.append(Piece(at, column, slice(start, start + size), columns, (out_features, layer.input_size)))
+        column += size
+    return found
+
+
+def _one_piece(path, block, inside, starts, sizes, whole, layer):
+    """A linear that is one in HuggingFace's model too, though vLLM knows it as several: the same, on one rank."""
+    if getattr(layer, "tp_size", 1) > 1:
+        raise ValueError(
+            f"{path}: a linear of {len(sizes)} parts cannot be split over ranks with its adapter yet; use one GPU"
+        )
+    out_features = sum(whole)
+    return [Piece((block, inside), 0, slice(0, out_features), _inputs(layer), (out_features, layer.input_size))]
+
+
+def _inputs(layer) -> slice:
+    if isinstance(layer, RowParallelLinear):
+        size = layer.input_size_per_partition
+        return slice(layer.tp_rank * size, (layer.tp_rank + 1) * size)
+    return slice(0, layer.input_size)
+
+
+def _outputs(layer) -> tuple[list[int], list[int], list[int]]:
+    """Of each part of a layer: where this rank's outputs begin, how many it has, how many there are in all."""
+    sizes = list(layer.output_partition_sizes)
+    if isinstance(layer, QKVParallelLinear):
+        key_rank = layer.tp_rank // layer.num_kv_head_replicas
+        starts = [layer.tp_rank * sizes[0], key_rank * sizes[1], key_rank * sizes[2]]
+        heads = layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads
+        mine = layer.num_heads, layer.num_kv_heads, layer.num_kv_heads
+        return starts, sizes, [size // n * total for size, n, total in zip(sizes, mine, heads, strict=True)]
+    if isinstance(layer, ColumnParallelLinear):
+        return [layer.tp_rank * size for size in sizes], sizes, [layer.tp_size * size for size in sizes]
+    if isinstance(layer, (RowParallelLinear, ReplicatedLinear)):
+        return [0] * len(sizes), sizes, sizes
+    raise ValueError(f"{type(layer).__name__} is a kind of linear whose sharding this version does not know")
+
+
+def adapt(layer: LinearBase, found: list[Piece], tensors: dict, step: Step, decision: int):
+    """Give `layer` its shard of the experts of the pieces in `found`, in the dtype of the activations.
+
+    tensors: of each piece, by its place, the exchange tensors of its bank (experts_a [E, r, I], experts_b [E, O, r],
+    ...).
+    """
+    a, b = [], []
+    for index, piece in enumerate(found):
+        for name, tensor in zip("ab", _shard(tensors[piece.place], piece), strict=True):
+            buffer = f"adafuse_{name}{index}"
+            moved = tensor.to(step.device, step.h0.dtype, copy=True).contiguous()
+            layer.register_buffer(buffer, moved, persistent=False)
+            (a if name == "a" else b).append(buffer)
+    routing = [f"adafuse_{name}" for name in step.routing._fields]
+    for name, buffer in zip(routing, step.routing, strict=True):
+        layer.register_buffer(name, buffer, persistent=False)
+    columns = [piece.column for piece in found]
+    layer.adafuse = Adapter(a, b, columns, routing, decision, list(step.shape))
+    layer.quant_method = _adapted(layer.quant_method)
+
+
+def _shard(bank: dict, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [R, I] and B [R, O] of a piece: its columns and rows, the shared expert's ranks last."""
+    a = bank["experts_a"][..., piece.columns].flatten(0, 1)
+    b = bank["experts_b"][:, piece.rows].transpose(1, 2).flatten(0, 1)
+    if "shared_a" in bank:
+        a = torch.cat([a, bank["shared_a"][:, piece.columns]])
+        b = torch.cat([b, bank["shared_b"][piece.rows].T])
+    return a, b
+
+
+def _adapted(method):
+    """The same method, of a class with AdaptedMethod in front. The name stays: vLLM knows some methods by it."""
+    cls = type(method)
+    adapted = object.__new__(type(cls.__name__, (AdaptedMethod, cls), {"__module__": cls.__module__}))
+    adapted.__dict__.update(method.__dict__)
+    return adapted

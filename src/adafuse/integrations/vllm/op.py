@@ -1,0 +1,161 @@
+"""op: `torch.ops.adafuse.add_delta`, the one operation that an adapted linear adds to a model's graph. Knows no vLLM.
+
+    y[t, columns of m] += sum_j scale(t, j) * B_m[row(t, j)] (A_m[row(t, j)] x[t])    for each linear m that reads x
+
+Behind it: on a CUDA device the kernels of `ops.decode` for few tokens and of `ops.batch` beyond, elsewhere a dense
+form in plain PyTorch. The routing comes in the buffers of a `Step`, which stay where they are, so that a CUDA graph
+can hold the operation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from adafuse.execution import FEW_TOKENS
+
+_library = torch.library.Library("adafuse", "FRAGMENT")
+_library.define(
+    "add_delta(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, int[] columns, Tensor[] routing, int decision, "
+    "int[] shape) -> ()"
+)
+
+
+class Shape(NamedTuple):
+    """The numbers of an adapter that its buffers are read by."""
+
+    decisions: int
+    num_experts: int
+    top_k: int
+    r: int
+    shared_rank: int
+
+    @property
+    def ranks(self) -> int:
+        """R."""
+        return self.num_experts * self.r + self.shared_rank
+
+
+class Routing(NamedTuple):
+    """The buffers of a step, flat, each with room for the largest: T tokens use the first elements of each.
+
+    experts [D, T, K] int32 and weights [D, T, K] fp32 (times alpha / r); shared [T] fp32: the shared expert's scale;
+    gates [D, T, E + 1] fp32: each expert's weight by token, then the shared expert's. All weights of tokens without
+    adapter are 0. order [D, T], counts [D, tiles], blocks [D, tiles, num_blocks] int32: the tokens sorted into tiles
+    (`ops.batch.Tiles`). What a device has no use for is empty.
+    """
+
+    experts: torch.Tensor
+    weights: torch.Tensor
+    shared: torch.Tensor
+    gates: torch.Tensor
+    order: torch.Tensor
+    counts: torch.Tensor
+    blocks: torch.Tensor
+
+
+def view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
+    """The first elements of a flat buffer, as a tensor of this shape."""
+    size = 1
+    for n in shape:
+        size *= n
+    return buffer[:size].view(shape)
+
+
+def few(tokens: int) -> bool:
+    """Whether a step of so many tokens is computed token by token, by the kernels of `ops.decode`."""
+    return tokens <= FEW_TOKENS
+
+
+def add_dense(y, x, a, b, columns, routing: Routing, decision: int, shape: Shape):
+    """`add_delta` in plain PyTorch: all experts computed, masked in rank space.
+
+    y [T, O], changed in place, x [T, I]; for each linear a [R, I] and b [R, O_m], of x's dtype, and the first of its
+    columns in y. decision: which of the routing's decisions the linears' block follows.
+    """
+    gates = view(routing.gates, shape.decisions, len(x), shape.num_experts + 1)[decision].to(x.dtype)
+    mask = gates[:, :-1].repeat_interleave(shape.r, dim=1)
+    if shape.shared_rank:
+        mask = torch.cat([mask, gates[:, -1:].expand(-1, shape.shared_rank)], dim=1)
+    for a_m, b_m, column in zip(a, b, columns, strict=True):
+        h = torch.nn.functional.linear(x, a_m) * mask
+        part = y[:, column : column + b_m.shape[1]]
+        if y.dtype == h.dtype:
+            part.addmm_(h, b_m)
+        else:  # a quantised base may answer in a dtype of its own
+            part.add_(h @ b_m)
+
+
+def add_by_kernels(y, x, a, b, columns, routing: Routing, decision: int, shape: Shape):
+    """`add_delta` by the Triton kernels: arguments as of `add_dense`. No host sync: safe inside a CUDA graph."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    parts = [y[:, column : column + b_m.shape[1]] for b_m, column in zip(b, columns, strict=True)]
+    if few(len(x)):
+        _add_few(parts, x, a, b, routing, decision, shape)
+    else:
+        from adafuse.ops.batch import add_delta_tiles
+
+        add_delta_tiles(tuple(parts), x, tuple(a), tuple(b), tiles(routing, decision, len(x), shape))
+
+
+def _add_few(parts, x, a, b, routing, decision, shape):
+    from adafuse.ops.chosen import Chosen
+    from adafuse.ops.decode import expand, shrink
+
+    size = (shape.decisions, len(x), shape.top_k)
+    experts, weights = (view(buffer, *size)[decision] for buffer in (routing.experts, routing.weights))
+    chosen = Chosen(experts, weights, shape.num_experts, shape.r, shape.shared_rank, shared_scale=1.0)
+    h = torch.empty(len(x), len(a), chosen.active, dtype=torch.int32, device=x.device)
+    shrink(x, tuple(a), chosen, h)
+    if shape.shared_rank:  # the kernel knows one scale for all tokens, but some have no adapter
+        shared = h[..., shape.top_k * shape.r :].view(torch.float32)
+        shared.mul_(view(routing.shared, len(x))[:, None, None])
+    for m, (b_m, part) in enumerate(zip(b, parts, strict=True)):
+        expand(h[:, m], b_m, chosen, part)
+
+
+def tiles(routing: Routing, decision: int, tokens: int, shape: Shape):
+    """The `ops.batch.Tiles` of one decision of a step, as views of its buffers."""
+    from adafuse.ops.batch import Tiles
+
+    block_t, block_r, num_tiles, num_blocks = tile_counts(tokens, shape)
+    d = shape.decisions
+    return Tiles(
+        order=view(routing.order, d, tokens)[decision],
+        gates=view(routing.gates, d, tokens, shape.num_experts + 1)[decision],
+        counts=view(routing.counts, d, num_tiles)[decision],
+        blocks=view(routing.blocks, d, num_tiles, num_blocks)[decision],
+        r=shape.r,
+        shared_rank=shape.shared_rank,
+        top_k=shape.top_k,
+        block_t=block_t,
+        block_r=block_r,
+    )
+
+
+def tile_counts(tokens: int, shape: Shape) -> tuple[int, int, int, int]:
+    """block_t, block_r, number of tiles and of rank blocks of a step of so many tokens."""
+    from adafuse.ops.batch import tile_shape
+
+    block_t, block_r = tile_shape(tokens, shape.r, shape.ranks)
+    return block_t, block_r, -(-tokens // block_t), -(-shape.ranks // block_r)
+
+
+def _rows(y, x):
+    return y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+
+
+def _on_cpu(y, x, a, b, columns, routing, decision, shape):
+    y, x = _rows(y, x)
+    add_dense(y, x, a, b, columns, Routing(*routing), decision, Shape(*shape))
+
+
+def _on_cuda(y, x, a, b, columns, routing, decision, shape):
+    y, x = _rows(y, x)
+    add_by_kernels(y, x, a, b, columns, Routing(*routing), decision, Shape(*shape))
+
+
+_library.impl("add_delta", _on_cpu, "CPU")
+_library.impl("add_delta", _on_cuda, "CUDA")
+torch.library.register_fake("adafuse::add_delta", lambda *_: None, lib=_library)

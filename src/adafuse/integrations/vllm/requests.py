@@ -1,0 +1,62 @@
+"""requests: which requests of the running batch go without adapter. What vLLM calls a logits processor, since it is
+told, in front of each step and on the host, how the batch has changed. It leaves the logits alone.
+"""
+
+from __future__ import annotations
+
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor.interface import MoveDirectionality
+
+from adafuse.integrations.vllm.load import LoadReport
+from adafuse.integrations.vllm.names import BARE, INTERVAL, STEP
+
+
+class Requests(LogitsProcessor):
+    """A request whose `extra_args` hold `adafuse_bare: 1` is answered by the base alone, in the same batch as the
+    others.
+
+    Its cached prefixes are not those of the adapted model: whoever sends it must give it a `cache_salt` of its own.
+    The server does.
+    """
+
+    @classmethod
+    def validate_params(cls, sampling_params):
+        bare = (sampling_params.extra_args or {}).get(BARE, 0)
+        if bare not in (0, 1):
+            raise ValueError(f"{BARE}={bare!r} is neither 0 (with the adapter) nor 1 (the base alone)")
+
+    def __init__(self, vllm_config, device, is_pin_memory):
+        self._layers = vllm_config.compilation_config.static_forward_context
+        self._bare: dict[int, bool] = {}
+        first = vllm_config.parallel_config.rank == 0
+        interval = getattr(vllm_config.model_config.hf_config, INTERVAL, 0)
+        self._report = LoadReport(interval) if first and interval else None
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def apply(self, logits):
+        return logits
+
+    def update_state(self, batch_update):
+        step = self._layers.get(STEP)
+        if step is None:  # the model is not loaded yet
+            return
+        if batch_update is not None:
+            self._follow(batch_update)
+            step.set_bare([self._bare.get(place, False) for place in range(batch_update.batch_size)])
+        if self._report is not None:
+            self._report.tick(step.load)
+
+    def _follow(self, update):
+        """The batch's changes, in the order that vLLM prescribes: removed, added, moved."""
+        bare = self._bare
+        for place in update.removed:
+            bare.pop(place, None)
+        for place, params, *_ in update.added:
+            bare[place] = bool((params.extra_args or {}).get(BARE, 0)) if params is not None else False
+        for one, other, direction in update.moved:
+            moved = bare.pop(one, False)
+            if direction == MoveDirectionality.SWAP:
+                bare[one] = bare.pop(other, False)
+            bare[other] = moved

