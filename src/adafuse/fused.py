@@ -52,8 +52,7 @@ class FusedBlock:
             form = fused_form((rows.shape[1], layer.out_features), self._plan.config, len(rows), rows.element_size())
             if form == "matmul" and not readable(base.weight):
                 form = "tiles"
-            if form != "tiles":
-                return _FORMS[form](rows, base.weight, a, b, plan).view(*x.shape[:-1], -1)
+            return FORMS[form](rows, base.weight, a, b, plan).view(*x.shape[:-1], -1)
         y = base(x, *args, **kwargs)
         # What is added in place must be ours: neither kept by a hook, nor a buffer of the base's.
         y = (
@@ -103,7 +102,14 @@ def _matmul(rows, weight, a, b, plan):
     return matmul_tiles(rows, (weight,), h, (b,), plan.tiles, rows.new_empty(len(rows), len(weight)))
 
 
-_FORMS = {"decode": _decode, "crowd": _crowd, "matmul": _matmul}
+def _tiles(rows, weight, a, b, plan):
+    y = torch.nn.functional.linear(rows, weight)
+    add_delta_tiles(y, rows, a, b, plan.tiles)
+    return y
+
+
+# Each: x [T, I], W [O, I], A [R, I], B [R, O], the block's plan -> y [T, O].
+FORMS = {"decode": _decode, "crowd": _crowd, "tiles": _tiles, "matmul": _matmul}
 
 
 def _h(rows, chosen):
