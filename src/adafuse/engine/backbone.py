@@ -36,19 +36,10 @@ class Block:
     window: int | None
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """A model: token ids -> embeddings -> blocks -> norm -> head. max_positions: the longest sequence its rotary embedding is for."""
+class Embedded:
+    """What the embeddings of a model say of it."""
 
     embeddings: nn.Module
-    blocks: tuple[Block, ...]
-    norm: nn.Module
-    head: nn.Module
-    rotary: nn.Module
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_positions: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,6 +53,21 @@ class Backbone:
     def vocab_size(self) -> int:
         """Token ids that may be given; the head may have as many logits or more."""
         return self.embeddings.weight.shape[0]
+
+
+@dataclass(frozen=True)
+class Backbone(Embedded):
+    """A model: token ids -> embeddings -> blocks -> norm -> head. max_positions: the longest sequence its rotary embedding is for."""
+
+    embeddings: nn.Module
+    blocks: tuple[Block, ...]
+    norm: nn.Module
+    head: nn.Module
+    rotary: nn.Module
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
 
 
 def read_backbone(model) -> Backbone:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from adafuse.engine.backbone import base_of, check_one_device
+from adafuse.engine.backbone import Embedded, base_of, check_one_device
 from adafuse.engine.runner import Runner
 from adafuse.layers import recording
 from adafuse.model import AdaFuseModel
@@ -21,25 +21,13 @@ ADVICE = "use model.generate"
 
 
 @dataclass(frozen=True)
-class Whole:
+class Whole(Embedded):
     """A HuggingFace model that is run as a whole (an adapter on it runs along): what the engine asks of a Backbone."""
 
     base: nn.Module
     embeddings: nn.Module
     head: nn.Module
     max_positions: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embeddings.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.embeddings.weight.device
-
-    @property
-    def vocab_size(self) -> int:
-        return self.embeddings.weight.shape[0]
 
     @property
     def config(self):
