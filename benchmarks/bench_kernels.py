@@ -9,17 +9,15 @@ has passed through it. Rows are written only if the outputs are right.
 """
 
 import argparse
-import gc
 from functools import partial
 
 import record
 import torch
 from stack import Adapters, Batch, Stack, relative_error, worst
-from timing import best_read_times, graph_of, times
+from timing import best_read_times, check, free, graph_of, times
 
 from adafuse.ops.switch import Segment, SwitchTable, switch
 
-LIMIT = 1e-2  # relative RMS error of bf16 outputs
 MODELS = ("llama-2-7b", "mistral-7b", "llama-3.2-1b")
 MIXTURES = {
     "r64": {"num_experts": 8, "r": 64, "top_k": 2},
@@ -29,19 +27,8 @@ MIXTURES = {
 EXPERTS = (4, 8, 32, 128)
 
 
-def free():
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 def scaled(samples, factor):
     return [sample * factor for sample in samples]
-
-
-def check(name, error):
-    print(f"{name}: relative error {error:.1e}", flush=True)
-    if not error < LIMIT:
-        raise SystemExit(f"{name}: relative error {error:.1e} is over {LIMIT}; no timing is worth anything")
 
 
 # --- one token -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ next. Rows are written only if their logits are right.
 """
 
 import argparse
-import gc
 import json
 import statistics
 import time
@@ -26,7 +25,7 @@ from contestants import EngineRun, HfRun, MergePerMatrix, Without
 from layerwise import LayerwiseStep, modules_of
 from shapes import SHAPES
 from stack import relative_error
-from timing import best_read_times
+from timing import best_read_times, check, free
 from whole_models import (
     BASELINES,
     EXPERTS,
@@ -288,18 +287,6 @@ class Bench:
 
 def _layerwise_step(modules, config, backbone, gate, cache, rotary, logits):
     return LayerwiseStep(backbone, modules, config, cache, rotary, logits)
-
-
-def check(name, error, limit=LIMIT):
-    print(f"{name}: relative error {error:.1e}", flush=True)
-    if not error < limit:
-        raise SystemExit(f"{name}: relative error {error:.1e} is over {limit}; no timing is worth anything")
-
-
-def free():
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def append(path, rows):

@@ -11,9 +11,9 @@ from functools import partial
 
 import record
 import torch
-from bench_kernels import MIXTURES, MODELS, check, free, routing, segments
+from bench_kernels import MIXTURES, MODELS, routing, segments
 from stack import Adapters, Batch, Stack
-from timing import best_read_times, graph_of, times
+from timing import best_read_times, check, free, graph_of, times
 
 from adafuse.ops import decode as decode_op
 from adafuse.ops.batch import expand_tiles, shrink_tiles

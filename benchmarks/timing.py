@@ -1,10 +1,27 @@
 """Times on a GPU: CUDA graphs replayed back to back between events, and the two ceilings of memory bandwidth."""
 
+import gc
 import statistics
 
 import torch
 import triton
 import triton.language as tl
+
+LIMIT = 1e-2  # relative RMS error of bf16 outputs
+
+
+def check(name, error, limit=LIMIT):
+    """Ends the program if a relative error is over its limit, or no number."""
+    print(f"{name}: relative error {error:.1e}", flush=True)
+    if not error < limit:
+        raise SystemExit(f"{name}: relative error {error:.1e} is over {limit}; no timing is worth anything")
+
+
+def free():
+    """Give back the memory of what is no longer used."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def graph_of(run, warmup=2):

@@ -412,6 +412,9 @@ def test_explain_execution_counts_bytes_and_flops(capsys):
     (cost,) = [c for c in costs([(10, 20)], model.adafuse_config, 1, 4) if c.execution == "fused"]
     assert cost.bytes == pytest.approx(4 * (10 * 20 + 2 * 2 * 30 + 30))
     assert cost.flops == 2 * (10 * 20 + 2 * 2 * 30)
+    (merged,) = [c for c in costs([(10, 20), (20, 10)], model.adafuse_config, 1, 4) if c.execution == "switch"]
+    assert len(merged.kernels) == 1 + 2, "one launch for all weights, then each linear"
+    assert merged.bytes == pytest.approx(2 * 4 * (3 * 10 * 20 + 2 * 2 * 30 + 30))
     many = {c.form or c.execution: c for c in costs([(10, 20)], model.adafuse_config, 1000, 2)}
     assert many["reference"].flops == 2 * 1000 * (10 * 20 + 8 * 30)
     base, shrink = 2 * (10 * 20 + 1000 * 30), 2 * (8 * 10 + 1000 * (10 + 8))  # every expert is reached

@@ -105,15 +105,12 @@ def costs(layers, config, tokens, itemsize) -> list[Cost]:
     def kernel(numbers, products, filled=1.0):
         return Kernel(itemsize * numbers, 2 * products, filled)
 
-    def fill(*_):
-        return kernel(0, 0)
-
     def base(i, o):
         return kernel(i * o + tokens * (i + o), tokens * i * o)
 
     def one_launch(read, computed):
         return lambda i, o: [
-            fill(),
+            kernel(0, 0),  # a small fill of what is handed over
             kernel(i * o + read * (i + o) + tokens * (i + o), tokens * (i * o + computed * (i + o))),
         ]
 
@@ -136,8 +133,9 @@ def costs(layers, config, tokens, itemsize) -> list[Cost]:
             kernel(3 * tokens * o, 0),  # the sum
         ]
 
-    def switch(i, o):
-        return [kernel(2 * i * o + active * (i + o), active * i * o), base(i, o)]
+    def switch():
+        merge = [(2 * i * o + active * (i + o), active * i * o) for i, o in layers]  # all in one launch
+        return [kernel(*map(sum, zip(*merge, strict=True))), *(base(i, o) for i, o in layers)]
 
     found = []
     if tokens <= FEW_TOKENS:
@@ -152,7 +150,7 @@ def costs(layers, config, tokens, itemsize) -> list[Cost]:
         found.append(cost("fused", "base weights and all experts in one pass", one_launch(ranks, ranks), "crowd"))
     found.append(cost("reference", "base matmul, two matmuls over all experts", reference))
     if tokens == 1:
-        found.append(cost("switch", "experts merged from a copy, then the base", switch))
+        found.append(Cost("switch", "experts merged from a copy, then the base", switch()))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -141,9 +142,8 @@ def run_generation(adapter, base, prompt, *, seed=0, show_experts=False, load=No
     model, tokenizer = load_adapted(adapter, base, **(load or {}))
     set_seed(seed)
     engine = _engine_of(model, tokenizer, prompt, **options) if _on_gpu(model) else None
-    options["stream"] = not show_experts
-    given = (model, tokenizer, prompt) if engine is None else (engine, prompt)
-    ids = (generate_text if engine is None else engine_text)(*given, **options)
+    generate = partial(generate_text, model, tokenizer) if engine is None else partial(engine_text, engine)
+    ids = generate(prompt, stream=not show_experts, **options)
     if show_experts:
         before = prompt_ids(tokenizer, prompt, chat=options.get("chat", False))
         console.print(coloured(model, tokenizer, ids, before=before), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""engine: generate text with a model of the Llama family, adapted or bare."""
+"""engine: generate text with a causal LM, adapted or bare."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ class Stream(Iterator[str]):
 class Engine:
     """Decoding of `model` with buffers that are made once: a KV cache of max_batch sequences of max_seq_len tokens.
 
-    model: an AdaFuseModel or a bare HuggingFace causal LM of type llama, mistral, qwen2 or qwen3. Its weights are read where they are:
-    what is trained or loaded into it later counts. tokenizer: for prompts as strings, text and stop strings. prefill_chunk: tokens of a
-    prompt that are run at once. max_seq_len: cut to the positions that the model's rotary embedding serves.
+    model: an AdaFuseModel or a bare HuggingFace causal LM; the blocks of types llama, mistral, qwen2 and qwen3 are run by the engine, other
+    models by their own forward. Its weights are read where they are: what is trained or loaded into it later counts. tokenizer: for
+    prompts as strings, text and stop strings. prefill_chunk: tokens of a prompt that are run at once. max_seq_len: cut to the positions
+    that the model has.
     kernels: run the steps on the library's kernels, which batches of up to 8 take, instead of plain PyTorch. graphs: capture the steps in
     CUDA graphs, the first time that a batch of such a size and such settings comes.
 
@@ -171,11 +172,8 @@ class Engine:
                     yield piece
 
     def _read(self, prompts, settings, stop, eos_token_id):
-        ends = end_ids(eos_token_id, self._base(), self.tokenizer)
+        ends = end_ids(eos_token_id, base_of(self.model), self.tokenizer)
         return read_requests(prompts, settings, limits=self._limits, tokenizer=self.tokenizer, ends=ends, stop=stop)
-
-    def _base(self):
-        return base_of(self.model)
 
     def _record(self, logprobs, routing):
         count = self._runner.logits.shape[1]
