@@ -34,17 +34,20 @@ def routed(router, h0, scale=2.0):
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kernels_route_as_the_router(size, dtype):
+@pytest.mark.parametrize("router_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernels_route_as_the_router(size, dtype, router_dtype):
+    """Also where the whole model was cast, its router with it."""
     tokens, features, num_experts, top_k, decisions, hidden = size
     torch.manual_seed(0)
     router = Router(features, num_experts, top_k, num_decisions=decisions, router_hidden=hidden, device=DEVICE)
+    router.to(router_dtype)
     h0 = torch.randn(tokens, features).to(DEVICE, dtype)
     experts, weights = routed(router.requires_grad_(False), h0)
     wanted = router(h0[None])
     assert torch.equal(experts.long(), wanted.experts[0].movedim(1, 0))
     torch.testing.assert_close(weights, 2.0 * wanted.weights[0].movedim(1, 0))
-    inner = router.hidden.weight if hidden else None
-    plain = route_ref(h0.float(), router.weight, num_experts=num_experts, top_k=top_k, scale=2.0, hidden=inner)
+    inner = router.hidden.weight.float() if hidden else None
+    plain = route_ref(h0.float(), router.weight.float(), num_experts=num_experts, top_k=top_k, scale=2.0, hidden=inner)
     assert torch.equal(experts.long(), plain[0])
     torch.testing.assert_close(weights, plain[1])
 

@@ -53,7 +53,7 @@ def _logits_kernel(
     for start in range(0, H, BLOCK_H):
         xs = tl.load(x + token * stride_x + start + i, mask=start + i < H, other=0.0).to(tl.float32)
         mask = (n < rows)[:, None] & (start + i < H)[None, :]
-        tile = tl.load(weight + n[:, None] * H + start + i[None, :], mask=mask, other=0.0)
+        tile = tl.load(weight + n[:, None] * H + start + i[None, :], mask=mask, other=0.0).to(tl.float32)
         dot += tl.sum(tile * xs[None, :], 1)
         square += tl.sum(xs * xs, 0)
     if NORM:
@@ -103,8 +103,8 @@ def _choose_kernel(
 def route(h0, weight, experts, weights, *, num_experts, scale, logits, hidden=None, hidden_out=None, pdl=False):
     """Write the routing of the tokens h0 [T, H] into experts [D, T, K] int32 and weights [D, T, K] fp32 (times `scale`).
 
-    weight [D * E, H or router_hidden] and hidden [router_hidden, H]: the router's, fp32. logits [T, D * E] and hidden_out
-    [T, router_hidden], fp32: room to work in. No host sync, no allocation: safe inside a CUDA graph.
+    weight [D * E, H or router_hidden] and hidden [router_hidden, H]: the router's, of any dtype that a model may have been cast to;
+    sums are in fp32. logits [T, D * E] and hidden_out [T, router_hidden], fp32: room to work in. No host sync, no allocation: safe inside a CUDA graph.
     """
     refuse_gradients(h0, weight, *([] if hidden is None else [hidden]))
     decisions, tokens, top_k = experts.shape
@@ -154,13 +154,13 @@ def _check(h0, weight, experts, weights, logits, num_experts, hidden, hidden_out
     decisions, tokens, _ = experts.shape
     inner = h0.shape[1] if hidden is None else len(hidden)
     expected = {
-        "weight": (weight, (decisions * num_experts, inner), torch.float32),
+        "weight": (weight, (decisions * num_experts, inner), weight.dtype),
         "experts": (experts, experts.shape, torch.int32),
         "weights": (weights, experts.shape, torch.float32),
         "logits": (logits, (tokens, decisions * num_experts), torch.float32),
     }
     if hidden is not None:
-        expected["hidden"] = (hidden, (inner, h0.shape[1]), torch.float32)
+        expected["hidden"] = (hidden, (inner, h0.shape[1]), hidden.dtype)
         expected["hidden_out"] = (hidden_out, (tokens, inner), torch.float32)
     for name, (tensor, shape, dtype) in expected.items():
         if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != h0.device:
