@@ -1,5 +1,6 @@
 """What the decoding benchmark runs: models with random weights, adapters on them, the tokens that are forced, the bytes of a token."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -49,6 +50,19 @@ def adapted(base, r, router):
     for bank in model.banks.values():
         bank.b.normal_(std=0.3 / r**0.5)
     return model
+
+
+@contextmanager
+def in_fp32(model):
+    """The model's bf16 parameters as fp32 for a while: what its logits would be without rounding. Nothing is lost on the way back."""
+    narrow = [parameter for parameter in model.parameters() if parameter.dtype == torch.bfloat16]
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter in narrow:
+            parameter.data = parameter.data.bfloat16()
 
 
 def with_baseline(base, name, tiny):

@@ -50,7 +50,7 @@ class FusedBlock:
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         if not args and not kwargs and _is_plain(layer, x, dtype):
             form = fused_form((rows.shape[1], layer.out_features), self._plan.config, len(rows), rows.element_size())
-            if form == "matmul" and not readable(base.weight):
+            if form == "matmul" and not (readable(base.weight) and readable(b)):
                 form = "tiles"
             return FORMS[form](rows, base.weight, a, b, plan).view(*x.shape[:-1], -1)
         y = base(x, *args, **kwargs)

@@ -16,14 +16,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton import cdiv
+from triton import cdiv, next_power_of_2
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from adafuse.ops.batch import ROUTING, Tiles, check_expand, expand_tiles_ref
 from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import dot, launch_options, processors
 
-RANKS = 64  # summed in a step, of one block of the layout or of several
 MOST_LINEARS = 3  # of a group: a kernel takes descriptors one by one, not as a tuple
 
 
@@ -40,7 +39,7 @@ def matmul_tiles_ref(x, base_weights, h, b, tiles, out):
 
 @triton.jit
 def _columns(place, weights, b, widths: tl.constexpr, BLOCK_O: tl.constexpr):
-    """What block of columns `place` of all the linears' belongs to: W, b, linear, block, first column of y, width."""
+    """What block of columns `place` of all the linears' belongs to: W, B, linear, block, first column of y, width."""
     w, part, linear, block, column, width = weights[0], b[0], 0, place, 0, widths[0]
     before, start = 0, 0
     for m in tl.static_range(1, len(widths)):
@@ -53,23 +52,23 @@ def _columns(place, weights, b, widths: tl.constexpr, BLOCK_O: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=ROUTING)
 def _matmul_kernel(
-    x, w0, w1, w2, h, b, y, order, counts, blocks, T, stride_x, stride_y,
-    widths: tl.constexpr, COLUMNS: tl.constexpr, I: tl.constexpr, R: tl.constexpr, NUM_BLOCKS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, RANKS: tl.constexpr,
-    GROUP: tl.constexpr, EVEN_O: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    x, w0, w1, w2, h, b0, b1, b2, y, order, counts, blocks, T, stride_x, stride_y,
+    widths: tl.constexpr, COLUMNS: tl.constexpr, I: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, LISTED: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A tile: BLOCK_T tokens by BLOCK_O outputs of a linear; COLUMNS blocks of outputs in all. RANKS ranks a step.
+    """A tile: BLOCK_T tokens by BLOCK_O outputs of a linear; COLUMNS blocks of outputs in all.
 
     Tiles run token tile by token tile within GROUP blocks of outputs, so that programs which run at once share rows of W and x.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     if len(widths) == 1:
-        weights = (w0,)
+        weights, b = (w0,), (b0,)
     elif len(widths) == 2:
-        weights = (w0, w1)
+        weights, b = (w0, w1), (b0, b1)
     else:
-        weights = (w0, w1, w2)
+        weights, b = (w0, w1, w2), (b0, b1, b2)
     token_tiles = (T + BLOCK_T - 1) // BLOCK_T
     for place in range(tl.program_id(0), token_tiles * COLUMNS, tl.num_programs(0)):
         first = place // (GROUP * token_tiles) * GROUP
@@ -78,9 +77,10 @@ def _matmul_kernel(
         tile = inside // group
         w, part, linear, block, column, width = _columns(first + inside % group, weights, b, widths, BLOCK_O)
         t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-        o = block * BLOCK_O + tl.arange(0, BLOCK_O)
         token = tl.load(order + t, mask=t < T, other=0)
-        needed = tl.load(counts + tile) * BLOCK_R  # ranks; asked for here, since the sum over them waits for it
+        # Asked for here, since the sum over the ranks waits for them.
+        needed, n = tl.load(counts + tile), tl.arange(0, LISTED)
+        listed = tl.load(blocks + tile * NUM_BLOCKS + n, mask=n < NUM_BLOCKS, other=0)
         x_row = x + token.to(tl.int64) * stride_x
         acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
         for start in tl.range(0, I, BLOCK_I, num_stages=STAGES):
@@ -92,21 +92,11 @@ def _matmul_kernel(
             acc = dot(x_tile, w.load([block * BLOCK_O, start]).T, acc)
         if PDL:  # h is there, and y may be written
             tl.extra.cuda.gdc_wait()
-        h_row = h + (linear * token_tiles * BLOCK_T + t).to(tl.int64) * (NUM_BLOCKS * BLOCK_R)
-        for start in tl.range(0, needed, RANKS, num_stages=STAGES):
-            n = start + tl.arange(0, RANKS)
-            there = n < needed
-            if RANKS == BLOCK_R:
-                rank = tl.load(blocks + tile * NUM_BLOCKS + start // BLOCK_R) * BLOCK_R + tl.arange(0, RANKS)
-            else:
-                rank = tl.load(blocks + tile * NUM_BLOCKS + n // BLOCK_R, mask=there, other=0) * BLOCK_R + n % BLOCK_R
-                rank = tl.max_contiguous(tl.multiple_of(rank, BLOCK_R), BLOCK_R)
-            b_at = part + tl.minimum(rank, R - 1).to(tl.int64)[:, None] * width + o[None, :]
-            if ALIGNED:  # the compiler cannot see it through a choice of pointers
-                b_at = tl.max_contiguous(tl.multiple_of(b_at, (1, 16)), (1, 16))
-            b_tile = tl.load(b_at) if EVEN_O else tl.load(b_at, mask=(o < width)[None, :], other=0.0)
-            h_tile = tl.load(h_row[:, None] + rank[None, :], mask=there[None, :], other=0.0)
-            acc = dot(h_tile, b_tile, acc)
+        for step in tl.range(0, needed, num_stages=STAGES):
+            rank = tl.sum(tl.where(n == step, listed, 0), 0) * BLOCK_R
+            h_tile = h.load([(linear * token_tiles + tile) * BLOCK_T, rank])
+            acc = dot(h_tile, part.load([rank, block * BLOCK_O]), acc)
+        o = block * BLOCK_O + tl.arange(0, BLOCK_O)
         y_at = y + token.to(tl.int64)[:, None] * stride_y + column + o[None, :]
         tl.store(y_at, acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (o < width)[None, :])
 
@@ -118,8 +108,8 @@ def matmul_tiles(x, base_weights, h, b, tiles: Tiles, out, *, pdl=False, block_o
     """out[order[t], column(m) + o] = sum_i base_weights[m][o, i] x[order[t], i] + sum_rank b[m][rank, o] h[m, t, rank].
 
     x [T, I], its last axis contiguous; base_weights: for each linear of the group, three at most, [O_m, I], the rows a multiple of
-    16 bytes (`readable`); h from `shrink_tiles` of the same x and tiles; b: for each linear [R, O_m]; all of one dtype: bf16, fp16
-    or fp32. out [T, O_1 + ... + O_M], rows may lie apart, written whole. Summed in fp32 and rounded once. The remaining keywords
+    16 bytes (`readable`); h from `shrink_tiles` of the same x and tiles; b: for each linear [R, O_m], readable too; all of one dtype:
+    bf16, fp16 or fp32. out [T, O_1 + ... + O_M], rows may lie apart, written whole. Summed in fp32 and rounded once. The remaining keywords
     are block sizes, which default by dtype. No host sync, no allocation: safe inside a CUDA graph.
 
     pdl: the kernels just ahead in the stream are those of `shrink_tiles(x, ..., pdl=True)`. The sum over features then runs beside
@@ -131,16 +121,17 @@ def matmul_tiles(x, base_weights, h, b, tiles: Tiles, out, *, pdl=False, block_o
     exact = x.dtype == torch.float32  # no tensor cores: small tiles
     block_o, block_i = block_o or (64 if exact else 256), 32 if exact else 64
     columns = sum(cdiv(width, block_o) for width in widths)
-    descriptors = [TensorDescriptor.from_tensor(w, [block_o, block_i]) for w in base_weights]
+    block = {"BLOCK_T": tiles.block_t, "BLOCK_O": block_o, "BLOCK_I": block_i, "BLOCK_R": tiles.block_r}
+    missing = [None] * (MOST_LINEARS - len(widths))
+    w_tiles = [TensorDescriptor.from_tensor(w, [block_o, block_i]) for w in base_weights]
+    b_tiles = [TensorDescriptor.from_tensor(part, [tiles.block_r, block_o]) for part in b]
+    h_tiles = TensorDescriptor.from_tensor(h.view(-1, h.shape[-1]), [tiles.block_t, tiles.block_r])
     with torch.cuda.device_of(x):
         _matmul_kernel[(min(processors(x), tiles.num_tiles * columns),)](
-            x, *descriptors, *[None] * (MOST_LINEARS - len(descriptors)), h, b, out,
+            x, *w_tiles, *missing, h_tiles, *b_tiles, *missing, out,
             tiles.order, tiles.counts, tiles.blocks, tiles.tokens, x.stride(0), out.stride(0),
-            widths=widths, COLUMNS=columns, I=x.shape[1], R=tiles.rank, NUM_BLOCKS=tiles.num_blocks,
-            BLOCK_T=tiles.block_t, BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_R=tiles.block_r, RANKS=max(RANKS, tiles.block_r), GROUP=group,
-            EVEN_O=all(width % block_o == 0 for width in widths),
-            ALIGNED=all(part.shape[1] * part.element_size() % 16 == 0 and part.data_ptr() % 16 == 0 for part in b),
-            STAGES=num_stages, num_warps=8, num_stages=num_stages, **launch_options(pdl),
+            widths=widths, COLUMNS=columns, I=x.shape[1], NUM_BLOCKS=tiles.num_blocks, LISTED=next_power_of_2(tiles.num_blocks),
+            GROUP=group, STAGES=num_stages, **block, num_warps=8, num_stages=num_stages, **launch_options(pdl),
         )  # fmt: skip
     return out
 
@@ -164,6 +155,12 @@ def _check(x, base_weights, h, b, tiles, out):
             raise ValueError(
                 f"a base weight is {w.dtype} {list(w.shape)} with strides {w.stride()}; needs contiguous {x.dtype} "
                 f"[O, {x.shape[1]}], rows a multiple of 16 bytes"
+            )
+    for part in b:
+        if not readable(part):
+            raise ValueError(
+                f"a b is {part.dtype} {list(part.shape)} with strides {part.stride()}; its rows must be contiguous and a multiple "
+                "of 16 bytes"
             )
     widths = [len(w) for w in base_weights]
     if h.dtype != x.dtype or out.dtype != x.dtype:

@@ -104,7 +104,8 @@ def route(h0, weight, experts, weights, *, num_experts, scale, logits, hidden=No
     """Write the routing of the tokens h0 [T, H] into experts [D, T, K] int32 and weights [D, T, K] fp32 (times `scale`).
 
     weight [D * E, H or router_hidden] and hidden [router_hidden, H]: the router's, of any dtype that a model may have been cast to;
-    sums are in fp32. logits [T, D * E] and hidden_out [T, router_hidden], fp32: room to work in. No host sync, no allocation: safe inside a CUDA graph.
+    sums are in fp32. logits [T, D * E] and hidden_out [T, router_hidden], fp32: room to work in. No host sync, no allocation: safe
+    inside a CUDA graph.
     """
     refuse_gradients(h0, weight, *([] if hidden is None else [hidden]))
     decisions, tokens, top_k = experts.shape
