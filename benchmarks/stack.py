@@ -237,12 +237,12 @@ class Batch(Banks):
             )
             y.addmm_(x, self.stack.weights[block][index].T)
 
-    def run_matmul(self, pdl=True, **given):
+    def run_matmul(self, **given):
         """Shrink, then base and expand in one kernel. given: keywords of `matmul_tiles`, or blocks of the layout."""
         tiles = self.tiles(**{name: given.pop(name) for name in ("block_t", "block_r") if name in given})
         for block, index, _, x, y in self.stack.steps():
-            h = shrink_tiles(x, self.a[block][index], tiles, pdl=pdl)
-            matmul_tiles(x, self.stack.linears(block, index), h, self.b[block][index], tiles, y, pdl=pdl, **given)
+            h = shrink_tiles(x, self.a[block][index], tiles)
+            matmul_tiles(x, self.stack.linears(block, index), h, self.b[block][index], tiles, y, **given)
 
     def run_dense(self):
         """The reference: two matmuls over all ranks, masked between them."""

@@ -49,7 +49,7 @@ EXPAND = (
 BATCH = {
     "tiles": ({}, {"block_t": 64}),
     "tiles_first": ({},),
-    "matmul": ({}, {"block_r": 64}, {"group": 16}),
+    "matmul": ({}, {"block_r": 64}, {"group": 8}),
 }
 PRISTINE = tuple(Tile(stagger=n) for n in (0, 1, 5))
 IN_PLACE = (

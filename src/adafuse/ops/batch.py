@@ -210,9 +210,7 @@ def _shrink_kernel(
     A tile's work is a list of units, one per needed block and module; a program takes BLOCK_N // BLOCK_R of them, so that
     its tile of x serves BLOCK_N ranks whatever the size of the blocks and the number of modules. Grid (chunks, splits, tiles).
     """
-    if PDL:  # in this order: what starts from here on may read x without waiting (`matmul`)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    _wait_for_inputs(PDL)
     MODULES: tl.constexpr = len(a)
     chunk, split, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     units = tl.load(counts + tile) * MODULES

@@ -6,8 +6,8 @@
 of y stays in registers: after the steps over the features come those over the ranks that its tokens need. The tokens are those of
 `batch`'s layout, sorted by their experts, so that these are few; rows of x are gathered and rows of y scattered by it.
 
-Each of as many programs as the device has processors computes tiles in turn. Rows of W come by tensor descriptors (TMA on a Hopper GPU).
-On an H100 the matmul alone takes 1.05 times the vendor's (2048 tokens, 4096 to 12288 features: 272 us to 259; tokens not gathered,
+Each of as many programs as the device has processors computes tiles in turn. W, B and h come by tensor descriptors (TMA on a Hopper
+GPU). On an H100 the matmul alone takes 1.05 times the vendor's (2048 tokens, 4096 to 12288 features: 272 us to 259; tokens not gathered,
 269 us), and with fewer tokens more: 1.2 times at 256, where it does not fill the device.
 """
 
@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from adafuse.ops.batch import ROUTING, Tiles, check_expand, expand_tiles_ref
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import dot, launch_options, processors
+from adafuse.ops.launch import dot, processors
 
 MOST_LINEARS = 3  # of a group: a kernel takes descriptors one by one, not as a tuple
 
@@ -55,14 +55,12 @@ def _matmul_kernel(
     x, w0, w1, w2, h, b0, b1, b2, y, order, counts, blocks, T, stride_x, stride_y,
     widths: tl.constexpr, COLUMNS: tl.constexpr, I: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, LISTED: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A tile: BLOCK_T tokens by BLOCK_O outputs of a linear; COLUMNS blocks of outputs in all.
 
     Tiles run token tile by token tile within GROUP blocks of outputs, so that programs which run at once share rows of W and x.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     if len(widths) == 1:
         weights, b = (w0,), (b0,)
     elif len(widths) == 2:
@@ -90,8 +88,6 @@ def _matmul_kernel(
             else:
                 x_tile = tl.load(x_row[:, None] + i[None, :], mask=(i < I)[None, :], other=0.0)
             acc = dot(x_tile, w.load([block * BLOCK_O, start]).T, acc)
-        if PDL:  # h is there, and y may be written
-            tl.extra.cuda.gdc_wait()
         for step in tl.range(0, needed, num_stages=STAGES):
             rank = tl.sum(tl.where(n == step, listed, 0), 0) * BLOCK_R
             h_tile = h.load([(linear * token_tiles + tile) * BLOCK_T, rank])
@@ -104,16 +100,13 @@ def _matmul_kernel(
 # --- launcher -------------------------------------------------------------------------------------------------------------
 
 
-def matmul_tiles(x, base_weights, h, b, tiles: Tiles, out, *, pdl=False, block_o=None, group=8, num_stages=3):
+def matmul_tiles(x, base_weights, h, b, tiles: Tiles, out, *, block_o=None, group=4, num_stages=3):
     """out[order[t], column(m) + o] = sum_i base_weights[m][o, i] x[order[t], i] + sum_rank b[m][rank, o] h[m, t, rank].
 
     x [T, I], its last axis contiguous; base_weights: for each linear of the group, three at most, [O_m, I], the rows a multiple of
     16 bytes (`readable`); h from `shrink_tiles` of the same x and tiles; b: for each linear [R, O_m], readable too; all of one dtype:
-    bf16, fp16 or fp32. out [T, O_1 + ... + O_M], rows may lie apart, written whole. Summed in fp32 and rounded once. The remaining keywords
-    are block sizes, which default by dtype. No host sync, no allocation: safe inside a CUDA graph.
-
-    pdl: the kernels just ahead in the stream are those of `shrink_tiles(x, ..., pdl=True)`. The sum over features then runs beside
-    them: they let this kernel start only after their own wait, so x is complete; h is waited for.
+    bf16, fp16 or fp32. out [T, O_1 + ... + O_M], rows may lie apart, written whole. Summed in fp32 and rounded once. The remaining
+    keywords are block sizes, which default by dtype. No host sync, no allocation: safe inside a CUDA graph.
     """
     base_weights, b = tuple(base_weights), tuple(b)
     _check(x, base_weights, h, b, tiles, out)
@@ -131,7 +124,7 @@ def matmul_tiles(x, base_weights, h, b, tiles: Tiles, out, *, pdl=False, block_o
             x, *w_tiles, *missing, h_tiles, *b_tiles, *missing, out,
             tiles.order, tiles.counts, tiles.blocks, tiles.tokens, x.stride(0), out.stride(0),
             widths=widths, COLUMNS=columns, I=x.shape[1], NUM_BLOCKS=tiles.num_blocks, LISTED=next_power_of_2(tiles.num_blocks),
-            GROUP=group, STAGES=num_stages, **block, num_warps=8, num_stages=num_stages, **launch_options(pdl),
+            GROUP=group, STAGES=num_stages, **block, num_warps=8, num_stages=num_stages,
         )  # fmt: skip
     return out
 
