@@ -1,6 +1,6 @@
 """What `decode.py` times: ways to run one more token of a batch, each with its cache, its sampling and, where it can, a CUDA graph.
 
-Every one has `token` [B], where the next input is put, `picked` [B], the token it chose, `logits` [B, V], and `step`.
+Every one has `token` [B], where the next input is put, `picked` [B], the token it chose, `logits` [B, V], `step`, and `restart`.
 """
 
 import torch
@@ -22,6 +22,7 @@ class HfRun:
     def __init__(self, model, ids, new, how, compile_mode=None):
         self.model, self.how, self.device = model, how, ids.device
         batch, length = ids.shape
+        self.length = length
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.token, self.picked = torch.zeros(2, batch, dtype=torch.int64, device=ids.device)
         self.cache = (
@@ -39,7 +40,6 @@ class HfRun:
         self.step = self._step
         if how != "eager" and ids.is_cuda:
             self.step = graph_of(self._step, warmup=3).replay
-            self._back_to(length)
 
     def _step(self):
         given = {"input_ids": self.token[:, None], "past_key_values": self.cache, "use_cache": True}
@@ -51,11 +51,13 @@ class HfRun:
         self.picked.copy_(self.logits.float().argmax(-1))
         self.position.add_(1)
 
-    def _back_to(self, length):
-        """Undo what warming up and capturing did to the counters."""
-        self.position.fill_(length)
+    def restart(self):
+        """Back to the end of the prompt; a cache that grows goes on."""
+        if self.how == "eager":
+            return
+        self.position.fill_(self.length)
         for layer in self.cache.layers:
-            layer.cumulative_length.fill_(length)
+            layer.cumulative_length.fill_(self.length)
 
 
 class EngineRun:
@@ -82,7 +84,8 @@ class EngineRun:
         return run
 
     def _start(self, runner, ids, adapted, make_step, options):
-        self.runner, self.batch, self.adapted = runner, len(ids), adapted
+        self.runner, self.adapted = runner, adapted
+        self.batch, self.length = ids.shape
         vocab, device = runner.logits.shape[1], runner.logits.device
         sampler = Sampler([Sampling()] * self.batch, [], ends=(), vocab_size=vocab, device=device)
         self.sampler = runner.begin(self.batch, sampler, adapted=adapted, **options)
@@ -94,6 +97,10 @@ class EngineRun:
         runner.start_steps()
         self.token, self.picked = runner.tokens[: self.batch], runner.picked[: self.batch]
         self.logits = runner.logits[: self.batch]
+
+    def restart(self):
+        """Back to the end of the prompt."""
+        self.runner.positions[: self.batch] = self.length
 
     def _take_step(self, make_step):
         runner, batch = self.runner, self.batch

@@ -6,8 +6,8 @@
     adafuse bench decode --tiny --out /tmp/tiny.json        # the plumbing, on a CPU
 
 Random weights in bf16, 8 experts, 2 a token, all linears, greedy. Every row samples; then the next token is put in its place from a fixed
-list whose experts change at every step, and copied to the host one step behind: a sample is the time from one such copy to the
-next. Rows are written only if their logits are right.
+list whose experts change at every step ("_text": the tokens of a text, see text.json), and copied to the host one step behind: a sample is
+the time from one such copy to the next. Rows are written only if their logits are right.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from contestants import EngineRun, HfRun, MergePerMatrix, Without
 from layerwise import LayerwiseStep, modules_of
 from shapes import SHAPES
 from stack import relative_error
-from timing import best_read_times, free
+from timing import best_read_times, free, launch_times
 from whole_models import (
     BASELINES,
     EXPERTS,
@@ -36,6 +36,7 @@ from whole_models import (
     bytes_of_a_token,
     forced_tokens,
     in_fp32,
+    text_tokens,
     with_baseline,
 )
 
@@ -46,9 +47,9 @@ MERGED = 2  # the same where experts are rounded into the weights, or the router
 LONG, SHORT = 128, 24  # new tokens; SHORT where one takes hundreds of milliseconds
 WARMUP = 8  # tokens that are not counted
 ROWS = (
-    "roofline", "hf/eager", "hf/compiled", "engine/backbone", "engine/fused_r64", "engine/fused_r16", "engine/switch_pristine",
-    "engine/switch_in_place", "engine/merge_per_matrix", "graphed/layerwise_ours", "published/layerwise", "published/mola",
-    "published/pesc", "graphed/layerwise", "graphed/mola", "graphed/pesc",
+    "roofline", "host/launch", "hf/eager", "hf/compiled", "engine/backbone", "engine/fused_r64", "engine/fused_r16",
+    "engine/switch_pristine", "engine/switch_in_place", "engine/merge_per_matrix", "graphed/layerwise_ours", "published/layerwise",
+    "published/mola", "published/pesc", "graphed/layerwise", "graphed/mola", "graphed/pesc",
 )  # fmt: skip
 
 
@@ -79,12 +80,14 @@ class Bench:
 
     # --- measuring ---------------------------------------------------------------------------------------------------
 
-    def times(self, run, count):
-        """Milliseconds of each of `count` tokens, after some that are not counted."""
+    def times(self, run, count, forced=None):
+        """Milliseconds of each of `count` tokens, after some that are not counted. forced [count, B]: the tokens, None: the list."""
+        forced = self.forced if forced is None else forced
         host = [torch.zeros(self.batch, dtype=torch.int64, pin_memory=not self.tiny) for _ in range(4)]
         stamps = []
+        run.restart()
         for n in range(count):
-            run.token.copy_(self.forced[n])
+            run.token.copy_(forced[n])
             run.step()
             if n == 0:
                 self.first = run.logits.float().clone()
@@ -129,6 +132,7 @@ class Bench:
         """Kernels a token launches, and how long they run, one by one (those that start early wait within that time)."""
         from torch.profiler import ProfilerActivity, profile
 
+        run.restart()
         run.token.copy_(self.forced[0])
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CUDA]) as trace:
@@ -180,6 +184,8 @@ class Bench:
     def engine_rows(self):
         if self.wants("roofline") and not self.tiny:
             self.roofline()
+        if self.wants("host/launch") and not self.tiny:
+            self.add_row("host/launch", launch_times(self.device), unit="us")
         if self.wants("engine/backbone"):
             self.add(
                 "engine/backbone",
@@ -194,6 +200,13 @@ class Bench:
             if self.wants(f"engine/fused_r{r}") or (r == 64 and self._wants_merging()):
                 self.adapted_rows(r)
 
+    def text_row(self, name, run, count, mixture):
+        """The same with the tokens of a text, where experts do not change at every one."""
+        if self.batch == 1 and name in self.rows:
+            forced, share = text_tokens(self.backbone.embeddings, self.router, count)
+            samples = self.times(run, count, forced)
+            self.add_row(f"{name}_text", samples, (name,), new_tokens=count, changes=round(share, 3), **mixture)
+
     def _wants_merging(self):
         names = ("engine/switch_pristine", "engine/switch_in_place", "engine/merge_per_matrix")
         return self.batch == 1 and any(self.wants(name) for name in names)
@@ -206,6 +219,8 @@ class Bench:
             run = EngineRun(model, self.ids, self.new)
             others = ("engine/backbone", f"roofline_r{r}", "hf/compiled")
             self.add(f"engine/fused_r{r}", run, vs=others, exact=exact, **mixture)
+            if r == 64:
+                self.text_row(f"engine/fused_r{r}", run, self.new, mixture)
             del run
             free()
             if self.profile:
@@ -223,6 +238,7 @@ class Bench:
                 model.execution = "switch"
                 run = EngineRun(model, self.ids, self.new)
                 self.add(f"engine/switch_{source}", run, count=self.short, vs=vs, exact=exact, limit=MERGED, **mixture)
+                self.text_row(f"engine/switch_{source}", run, self.short, mixture)
                 del run
                 model.execution = "auto"
                 free()
@@ -292,7 +308,6 @@ class Bench:
             run.step()
         if not self.is_right("graphed/layerwise_ours", run.logits, exact, relative_error(rounded, exact), MERGED):
             return
-        run.runner.positions[: self.batch] = self.context
         self.add("graphed/layerwise_ours", run, exact=None, vs=(*vs, "graphed/layerwise"), **mixture)
         del run
         free()

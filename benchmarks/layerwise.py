@@ -1,8 +1,8 @@
 """Layer-wise routing on the library's kernels: every linear routes on its own input. How fast the peers' rule can be made.
 
-A group of linears takes four kinds of launches: one shrink by all experts, with the router's logits as further rows; one that chooses
-and gathers what was chosen; one for the base weights; one expand a linear. All A are read, since the choice is not known before.
-The router's rows are rounded to the dtype of the weights.
+A group of linears takes two launches. One for all that multiplies the input: base weights, the A of all experts, since the choice is
+not known before, and the router's rows. One that chooses, and adds what the chosen experts' B give. Both start early.
+The router's rows and logits are rounded to the dtype of the weights.
 """
 
 import torch
@@ -10,37 +10,41 @@ import triton
 import triton.language as tl
 
 from adafuse.engine.kernels import Step
-from adafuse.ops.chosen import Chosen
-from adafuse.ops.decode import decode, expand, shrink
+from adafuse.ops.decode import _tile_of, decode
+from adafuse.ops.launch import launch_options
+
+BLOCK_O = 64
 
 
 @triton.jit
 def _choose_kernel(
-    all_h, h, experts, T, scale, M: tl.constexpr, E: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+    wide, banks_b, out, scale, stride_wide, stride_out, widths: tl.constexpr, TOTAL: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program: a linear of a token. all_h [T, M, E R + E] -> h [M, T, K R], scaled by the weights, and experts [M, T, K]."""
-    m, t = tl.program_id(0), tl.program_id(1)
-    mine = all_h + (t * M + m) * (E * R + E)
-    e, i = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_R)
-    z = tl.load(mine + E * R + e, mask=e < E, other=0).to(tl.float32, bitcast=True)
-    z = tl.where(e < E, z, float("-inf"))
+    """A program: BLOCK_O outputs of a linear for a token. wide [T, TOTAL + M (E R + E)]: outputs of the base; h and logits by linear."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    b, linear, block, column, width = _tile_of(tl.program_id(0), banks_b, widths, BLOCK_O)
+    wide += tl.program_id(1) * stride_wide
+    mine = wide + TOTAL + linear * (E * R + E)
+    e, i, o = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_R), block * BLOCK_O + tl.arange(0, BLOCK_O)
+    z = tl.load(mine + E * R + e, mask=e < E, other=float("-inf")).to(tl.float32)
+    base = tl.load(wide + column + o, mask=o < width, other=0.0).to(tl.float32)
     p = tl.exp(z - tl.max(z, 0))
     p = p / tl.sum(p, 0)
-    left, total = p, 0.0
+    delta, total = tl.zeros([BLOCK_O], tl.float32), 0.0
     for _ in tl.static_range(K):
-        best = tl.max(left, 0)
-        total += best
-        left = tl.where(e == tl.min(tl.where(left == best, e, E - 1), 0), -1.0, left)
-    total = total if K > 1 else 1.0
-    for k in tl.static_range(K):
         best = tl.max(p, 0)
         expert = tl.min(tl.where(p == best, e, E - 1), 0)
         p = tl.where(e == expert, -1.0, p)
-        tl.store(experts + (m * T + t) * K + k, expert)
-        values = tl.load(mine + expert * R + i, mask=i < R, other=0).to(tl.float32, bitcast=True)
-        scaled = values * (best / total * scale)
-        tl.store(h + ((m * T + t) * K + k) * R + i, scaled.to(tl.int32, bitcast=True), mask=i < R)
+        h = tl.load(mine + expert * R + i, mask=i < R, other=0.0).to(tl.float32)
+        rows = b + (expert * R + i).to(tl.int64)[:, None] * width + o[None, :]
+        tile = tl.load(rows, mask=(i < R)[:, None] & (o < width)[None, :], other=0.0)
+        delta += best * tl.sum(tile.to(tl.float32) * h[:, None], 0)
+        total += best
+    y = base + scale * (delta / total if K > 1 else delta)
+    tl.store(out + tl.program_id(1) * stride_out + column + o, y.to(out.dtype.element_ty), mask=o < width)
 
 
 class LayerwiseStep(Step):
@@ -48,43 +52,33 @@ class LayerwiseStep(Step):
 
     def __init__(self, backbone, modules, config, cache, rotary, logits):
         super().__init__(backbone, None, cache, rotary, logits)
-        self.config, dtype, device = config, cache.dtype, cache.device
-        experts, r, top_k = config.num_experts, config.r, config.top_k
+        self.config, dtype = config, cache.dtype
+
+        def of_all(make):
+            return [{name: [make(each).to(dtype) for each in group] for name, group in m.items()} for m in modules]
+
         with torch.no_grad():
-            self.banks_a = [
-                {
-                    name: [torch.cat([each.bank.a, each.router.weight]).to(dtype) for each in group]
-                    for name, group in m.items()
-                }
-                for m in modules
-            ]
-            self.banks_b = [
-                {name: [each.bank.b.to(dtype) for each in group] for name, group in m.items()} for m in modules
-            ]
-        most = max(len(group) for group in modules[0].values())
-        everyone = torch.arange(experts, dtype=torch.int32, device=device).repeat(self.rows, 1)
-        self.everything = Chosen(everyone, torch.ones(self.rows, experts, device=device), experts, r, experts, 1.0)
-        integers = {"dtype": torch.int32, "device": device}
-        self.all_ranks = torch.zeros(self.rows * most * (experts * r + experts), **integers)
-        self.ranks = torch.zeros(most, self.rows, top_k * r, **integers)
-        self.picked = torch.zeros(most, self.rows, top_k, **integers)
-        self.ones = torch.ones(self.rows, top_k, device=device)
+            self.inner_rows = of_all(lambda each: torch.cat([each.bank.a, each.router.weight]))
+            self.banks_b = of_all(lambda each: each.bank.b)
+        self.wide = {
+            name: cache.new_zeros(self.rows, sum(len(each) for each in self._matrices(0, name)))
+            for name in self.inner_rows[0]
+        }
+
+    def _matrices(self, index, name):
+        """All that multiplies the input of a group."""
+        weights = [linear.base.weight for linear in getattr(self.backbone.blocks[index], name)]
+        return [*weights, *self.inner_rows[index][name]]
 
     def _linears(self, index, name, x, out, *, after_plan=False, pdl):
-        config, group = self.config, getattr(self.backbone.blocks[index], name)
-        count, width = len(group), self.everything.active
-        all_ranks = self.all_ranks[: self.rows * count * width].view(self.rows, count, width)
-        shrink(x, self.banks_a[index][name], self.everything, all_ranks)
-        _choose_kernel[(count, self.rows)](
-            all_ranks, self.ranks, self.picked, self.rows, config.scale, M=count, E=config.num_experts, K=config.top_k,
-            R=config.r, BLOCK_E=triton.next_power_of_2(config.num_experts), BLOCK_R=triton.next_power_of_2(config.r),
-            num_warps=1,
+        config, wide, banks_b = self.config, self.wide[name], self.banks_b[index][name]
+        decode(x, self._matrices(index, name), wide, pdl=pdl)
+        widths = tuple(b.shape[1] for b in banks_b)
+        _choose_kernel[(sum(triton.cdiv(width, BLOCK_O) for width in widths), self.rows)](
+            wide, tuple(banks_b), out, config.scale, wide.stride(0), out.stride(0), widths=widths, TOTAL=sum(widths),
+            E=config.num_experts, K=config.top_k, R=config.r, BLOCK_E=triton.next_power_of_2(config.num_experts),
+            BLOCK_R=triton.next_power_of_2(config.r), BLOCK_O=BLOCK_O, **launch_options(pdl),
         )  # fmt: skip
-        weights = [linear.base.weight for linear in group]
-        decode(x, weights, out)
-        parts = out.split([len(w) for w in weights], dim=1)
-        for m, (part, b) in enumerate(zip(parts, self.banks_b[index][name], strict=True)):
-            expand(self.ranks[m], b, Chosen(self.picked[m], self.ones, config.num_experts, config.r), part)
 
 
 def modules_of(base, num_blocks):

@@ -52,6 +52,17 @@ def times(run, prepare=lambda n: None, repeats=20, warmup=3):
     return [start.elapsed_time(end) for start, end in events[warmup:]]
 
 
+def launch_times(device, count=1000):
+    """Microseconds that PyTorch takes on this host to launch one small kernel: what a model of many small ones cannot go below."""
+    x = torch.zeros(1, device=device)
+
+    def run():
+        for _ in range(count):
+            x.add_(1)
+
+    return [1e3 / count * each for each in times(run, repeats=10)]
+
+
 @triton.jit
 def _read_kernel(x, out, BLOCK: tl.constexpr):
     pid = tl.program_id(0).to(tl.int64)

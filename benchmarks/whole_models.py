@@ -1,7 +1,10 @@
 """What the decoding benchmark runs: models with random weights, adapters on them, the tokens that are forced, the bytes of a token."""
 
+import json
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 from shapes import SHAPES
@@ -76,13 +79,18 @@ def with_baseline(base, name, tiny):
     return model, config
 
 
+def expert_sets(embeddings, router, ids):
+    """The experts of each of these tokens [N], as sorted tuples."""
+    h0 = embeddings(ids).float()
+    logits = (h0 * torch.rsqrt(h0.square().mean(-1, keepdim=True) + 1e-6)) @ router.T
+    return [tuple(sorted(each)) for each in logits.topk(TOP_K, dim=-1).indices.tolist()]
+
+
 def forced_tokens(embeddings, router, batch, count, generator):
     """[count, B]: of every row, tokens whose experts are others than those of the token before."""
     vocab = embeddings.weight.shape[0]
     ids = torch.randperm(vocab, generator=generator)[:4096].to(router.device)
-    h0 = embeddings(ids).float()
-    logits = (h0 * torch.rsqrt(h0.square().mean(-1, keepdim=True) + 1e-6)) @ router.T
-    sets = [tuple(sorted(each)) for each in logits.topk(TOP_K, dim=-1).indices.tolist()]
+    sets = expert_sets(embeddings, router, ids)
     rows = []
     for row in range(batch):
         taken, at = [], row * 17
@@ -92,6 +100,14 @@ def forced_tokens(embeddings, router, batch, count, generator):
                 taken.append(at)
         rows.append(ids[taken])
     return torch.stack(rows, dim=1)
+
+
+def text_tokens(embeddings, router, count):
+    """([count, 1], share): tokens of English prose, and of how many the experts are others than those of the token before."""
+    ids = json.loads(Path(__file__).with_name("text.json").read_text())["ids"][:count]
+    ids = torch.tensor(ids, device=router.device) % embeddings.weight.shape[0]
+    sets = expert_sets(embeddings, router, ids)
+    return ids[:, None], sum(a != b for a, b in pairwise(sets)) / (count - 1)
 
 
 def bytes_of_a_token(backbone, batch, cached):

@@ -28,10 +28,14 @@ ROWS = [
 ]
 
 
-def decode(*arguments, code="import decode; decode.main()"):
+def run(*arguments, code):
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, 'benchmarks'); {code}", *arguments]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False)
+
+
+def decode(*arguments, code="import decode; decode.main()"):
+    return run(*arguments, code=code)
 
 
 def test_every_contestant_runs_and_is_right(tmp_path):
@@ -44,6 +48,7 @@ def test_every_contestant_runs_and_is_right(tmp_path):
     for name in ("engine/backbone", "engine/fused_r16", "graphed/mola", *MERGED):
         assert f"{name}: relative error" in found.stdout
     assert rows["engine/backbone"]["vs"] == "hf/compiled"
+    assert rows["engine/switch_pristine_text"]["case"]["changes"] > 0
     assert rows["engine/fused_r16"]["vs"] == "engine/backbone"
 
 
@@ -67,3 +72,15 @@ def test_a_row_that_is_none_is_refused():
     found = decode("--tiny", "--out", os.devnull, "--only", "engine/nothing")
     assert found.returncode == 2
     assert "engine/nothing names no row" in found.stderr
+
+
+def test_both_executions_of_a_forward_are_timed(tmp_path):
+    out = tmp_path / "executions.json"
+    found = run("--tiny", "--out", str(out), code="import executions; executions.main()")
+    assert found.returncode == 0, found.stderr[-3000:]
+    names = [row["name"] for row in json.loads(out.read_text())["rows"]]
+    assert {name: names.count(name) for name in names} == {
+        "forward/backbone": 2,
+        "forward/reference": 4,
+        "forward/fused": 4,
+    }

@@ -1,0 +1,98 @@
+"""HuggingFace's own forward of an adapted model, launched kernel by kernel: "reference" against "fused". What "auto" is chosen by.
+
+    adafuse bench executions --out benchmarks/results/h100/executions.json
+    adafuse bench executions --tiny --out /tmp/tiny.json        # the plumbing, on a CPU
+
+Random weights in bf16, all linears adapted, no cache: sequences x tokens of each, as in a prompt or a step of a batch. On a slow host the
+time is that of its launches, so `host/launch` is a row of its own.
+"""
+
+import argparse
+import time
+
+import record
+import torch
+from shapes import SHAPES
+from stack import relative_error
+from timing import free, launch_times, times
+from whole_models import TINY, adapted, base_model
+
+FORWARDS = ((1, 1), (8, 1), (32, 1), (1, 64), (1, 512), (1, 2048))  # sequences, tokens of each
+TINY_FORWARDS = ((1, 1), (2, 12))
+RANKS = (16, 64)
+LIMIT = 1.5e-1  # relative RMS error of bf16 logits behind all blocks, of one execution against the other
+
+
+def measured(run, device):
+    if device == "cuda":
+        return times(run, repeats=7, warmup=2)
+    found = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        found.append(1e3 * (time.perf_counter() - start))
+    return found
+
+
+def rows_of(name, device):
+    """The backbone and both executions, for every forward."""
+    base, forwards = base_model(name, device), FORWARDS if device == "cuda" else TINY_FORWARDS
+    shape, generator = SHAPES[name], torch.Generator().manual_seed(0)
+    router = torch.randn(8, shape["hidden_size"], generator=generator).to(device)
+    prompts = {size: torch.randint(0, shape["vocab_size"], size, generator=generator).to(device) for size in forwards}
+
+    def forward(model, size):
+        return model(input_ids=prompts[size], use_cache=False, logits_to_keep=1).logits
+
+    def case(size, **more):
+        return {"model": name, "sequences": size[0], "tokens": size[1], **more}
+
+    backbone = {}
+    for size in forwards:
+        samples = measured(lambda size=size: forward(base, size), device)
+        backbone[size] = record.row("forward/backbone", case(size), samples, "ms")
+    rows = list(backbone.values())
+    for r in RANKS:
+        model = adapted(base, r if device == "cuda" else 4, router)
+        for size in forwards:
+            rows += executions(model, forward, size, case(size, r=model.adafuse_config.r), backbone[size], device)
+        model.detach()
+        free()
+    return rows
+
+
+def executions(model, forward, size, case, backbone, device):
+    logits, rows = {}, {}
+    for execution in ("reference", "fused"):
+        model.execution = execution
+        samples = measured(lambda: forward(model, size), device)
+        logits[execution] = forward(model, size).double()
+        rows[execution] = record.row(f"forward/{execution}", case, samples, "ms", vs=backbone)
+    error = relative_error(logits["fused"], logits["reference"])
+    if not error < LIMIT:
+        raise SystemExit(f"{case}: the executions differ by {error:.1e}; no timing is worth anything")
+    return rows.values()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    parser.add_argument("--model", nargs="+", choices=[*SHAPES], default=["llama-2-7b", "llama-3.2-1b"])
+    parser.add_argument(
+        "--tiny", action="store_true", help="a toy model on a CPU: checks the plumbing, measures nothing"
+    )
+    args = parser.parse_args()
+    device = "cpu" if args.tiny else "cuda"
+    if args.tiny:
+        SHAPES["tiny"] = TINY
+        args.model = ["tiny"]
+    torch.set_grad_enabled(False)
+    rows = [] if args.tiny else [record.row("host/launch", {}, launch_times(device), "us")]
+    for name in args.model:
+        rows += rows_of(name, device)
+        record.write(args.out, rows)  # what is there so far, should the machine be taken away
+        free()
+
+
+if __name__ == "__main__":
+    main()
