@@ -37,6 +37,7 @@ from whole_models import (
     forced_tokens,
     in_fp32,
     text_tokens,
+    unchanged,
     with_baseline,
 )
 
@@ -232,22 +233,25 @@ class Bench:
 
     def merging_rows(self, model, exact, mixture):
         vs = ("engine/fused_r64", "engine/backbone")
-        for source in ("pristine", "in_place"):
-            if self.wants(f"engine/switch_{source}"):
-                model.switch_source = source
-                model.execution = "switch"
-                run = EngineRun(model, self.ids, self.new)
-                self.add(f"engine/switch_{source}", run, count=self.short, vs=vs, exact=exact, limit=MERGED, **mixture)
-                self.text_row(f"engine/switch_{source}", run, self.short, mixture)
-                del run
-                model.execution = "auto"
-                free()
         if self.wants("engine/merge_per_matrix"):
             run = EngineRun(model, self.ids, self.new, make_step=MergePerMatrix)
             self.add("engine/merge_per_matrix", run, count=self.short, vs=vs, exact=exact, limit=MERGED, **mixture)
             run.runner._steps[self.batch, True].restore()
             del run
             free()
+        for source in ("pristine", "in_place"):
+            if self.wants(f"engine/switch_{source}"):
+                with unchanged(self.backbone):
+                    self.switch_rows(model, source, exact, mixture, vs)
+                free()
+
+    def switch_rows(self, model, source, exact, mixture, vs):
+        model.switch_source = source
+        model.execution = "switch"
+        run = EngineRun(model, self.ids, self.new)
+        self.add(f"engine/switch_{source}", run, count=self.short, vs=vs, exact=exact, limit=MERGED, **mixture)
+        self.text_row(f"engine/switch_{source}", run, self.short, mixture)
+        model.execution = "auto"
 
     def ablations(self, name, model):
         """What the parts of a token's time are: attention and the small kernels by a step without them, the adapters against the

@@ -68,6 +68,21 @@ def in_fp32(model):
             parameter.data = parameter.data.bfloat16()
 
 
+def weights_of(backbone):
+    """Of all linears in the blocks."""
+    groups = [group for block in backbone.blocks for group in (block.qkv, block.o, block.gate_up, block.down)]
+    return [linear.base.weight for group in groups for linear in group]
+
+
+@contextmanager
+def unchanged(backbone):
+    """The linears' weights are afterwards what they were: switching in place leaves rounding errors in them."""
+    kept = [weight.detach().clone() for weight in weights_of(backbone)]
+    yield
+    for weight, copy in zip(weights_of(backbone), kept, strict=True):
+        weight.detach().copy_(copy)
+
+
 def with_baseline(base, name, tiny):
     """(model, config) of a peer's method."""
     cls, config = BASELINES[name]
@@ -115,8 +130,7 @@ def bytes_of_a_token(backbone, batch, cached):
 
     Of a batch as many experts as it can reach.
     """
-    linears = [linear for block in backbone.blocks for linear in (*block.qkv, *block.o, *block.gate_up, *block.down)]
-    sizes = [linear.base.weight.shape for linear in linears]
+    sizes = [weight.shape for weight in weights_of(backbone)]
     weights = sum(o * i for o, i in sizes) + backbone.head.weight.numel()
     heads = backbone.num_kv_heads * backbone.head_dim * len(backbone.blocks)
     numbers = {"roofline": weights + 2 * heads * batch * cached}

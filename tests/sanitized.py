@@ -44,7 +44,7 @@ def a_batch(tokens, features, widths, num_experts, r, top_k, shared):
     a, b = [normal(ranks, features) for _ in widths], [normal(ranks, o) for o in widths]
     x, weights = normal(tokens, features), [normal(o, features) for o in widths]
     add_delta_tiles([normal(tokens, o) for o in widths], x, a, b, tiles)
-    if all(readable(w) for w in weights):
+    if all(readable(each) for each in (*weights, *b)):
         matmul_tiles(x, weights, shrink_tiles(x, a, tiles), b, tiles, normal(tokens, sum(widths)))
 
 
@@ -107,7 +107,7 @@ if __name__ == "__main__":
     a_decode(1, 256, (64,), 8, 16, 2, 0)
     a_batch(33, 63, (17, 40), 6, 4, 2, 3)
     a_batch(130, 128, (64,), 8, 16, 2, 0)
-    a_batch(130, 72, (64, 24, 300), 8, 16, 2, 3)
+    a_batch(130, 72, (64, 24, 304), 8, 16, 2, 3)
     a_crowd(33, 192, (72, 40), 4, 8)
     a_crowd(130, 256, (128,), 8, 16)
     a_switch()

@@ -45,6 +45,14 @@ def engine(model, **options):
     return Engine(model, **{"max_seq_len": 1024, "prefill_chunk": 256, "kernels": True, "graphs": True, **options})
 
 
+def test_kernels_and_graphs_are_the_default(model):
+    got = Engine(model, max_seq_len=256)
+    assert got._kernels
+    assert got._runner.captures
+    wanted = engine(model).generate(prompts(7), max_new_tokens=20, eos_token_id=())
+    assert got.generate(prompts(7), max_new_tokens=20, eos_token_id=()) == wanted
+
+
 def prompts(*lengths):
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, VOCAB, (length,), generator=generator).tolist() for length in lengths]
@@ -96,7 +104,7 @@ def test_another_family_in_a_graph_is_the_eager_step(name, execution):
         {"max_new_tokens": 30, "eos_token_id": (), "return_routing": True},
     )
     captured = Engine(other, max_seq_len=64, max_batch=4, graphs=True).generate(ids, **options)
-    eager = Engine(other, max_seq_len=64, max_batch=4).generate(ids, **options)
+    eager = Engine(other, max_seq_len=64, max_batch=4, graphs=False).generate(ids, **options)
     for mine, theirs in zip(captured, eager, strict=True):
         assert mine.ids == theirs.ids == generated(other, mine.prompt_ids, 30)
         assert torch.equal(mine.routing.experts, theirs.routing.experts)

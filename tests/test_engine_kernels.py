@@ -202,8 +202,8 @@ def half_biased():
         (half_biased, {}, "block 0, qkv: some of the linears have a bias and some have none"),
         (lambda: a_model(lora_alpha=0.0), {}, "lora_alpha=0 switches the experts off"),
         (lambda: a_model(base={"num_attention_heads": 32, "num_key_value_heads": 1, "head_dim": 32}), {}, "32 heads a key"),
-        (a_model, {"kernels": "yes"}, "kernels='yes': allowed are True and False"),
-        (a_model, {"graphs": 1}, "graphs=1: allowed are True and False"),
+        (a_model, {"kernels": "yes"}, "kernels='yes': allowed are True, False and None"),
+        (a_model, {"graphs": 1}, "graphs=1: allowed are True, False and None"),
     ],
 )  # fmt: skip
 def test_what_the_kernels_do_not_take_is_refused(make, options, says):

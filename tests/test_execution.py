@@ -399,6 +399,24 @@ def test_fused_leaves_what_a_base_returns_alone():
         assert relative_error(model(input_ids=ids[:, :2]).logits, wanted) < 1e-5
 
 
+LLAMA_7B = ((4096, 4096),) * 4 + ((4096, 11008),) * 2 + ((11008, 4096),)
+
+
+def test_auto_takes_the_kernels_where_they_pay():
+    """Launched from Python they cost the host more than plain PyTorch does; in a CUDA graph that does not count."""
+    from adafuse.execution import automatic, in_graph
+
+    config, gpu = AdaFuseConfig(r=64, num_experts=8, top_k=2), torch.device("cuda")
+    for tokens, expected in ((1, "reference"), (512, "reference"), (16384, "fused")):
+        assert automatic(LLAMA_7B, config, tokens, 2, gpu, needs_grad=False) == expected
+        assert automatic(LLAMA_7B, config, tokens, 2, gpu, needs_grad=True) == "reference"
+        assert automatic(LLAMA_7B, config, tokens, 2, torch.device("cpu"), needs_grad=False) == "reference"
+    with in_graph():
+        for tokens in (1, 32, 256, 2048):
+            assert automatic(LLAMA_7B, config, tokens, 2, gpu, needs_grad=False) == "fused"
+    assert automatic(LLAMA_7B, config, 1, 2, gpu, needs_grad=False) == "reference"
+
+
 def test_explain_execution_counts_bytes_and_flops(capsys):
     model = attached(routing="model", shared_rank=0)
     model.execution = "fused"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,6 +18,9 @@ MANY_TOKENS = 512  # from here on again
 # Of an H100: bytes a second from memory, FLOPs a second of a bf16 matmul, seconds from one small kernel to the next.
 READ, FLOPS, LAUNCH, PROCESSORS = 3.2e12, 7e14, 2e-6, 132
 MATMUL = 0.95  # of the vendor's matmul, ours (ops/matmul.py)
+# Seconds that Python takes to launch what one adapted linear needs, on a host of 9 us a launch (benchmarks/executions.py).
+HOST = {"reference": 1.1e-4, "fused": 3e-4}
+_in_graph = ContextVar("in_graph", default=False)
 
 
 def check_available(execution, device):
@@ -35,12 +40,11 @@ def check_available(execution, device):
 
 
 def resolve(execution, batch, seq, needs_grad) -> str:
-    """What a forward of batch x seq tokens does: "reference", "fused", or "switch".
+    """What a forward of batch x seq tokens does: "reference", "fused", or "switch". Of "auto" `automatic` decides.
 
-    "auto" is the reference: it does not choose the kernels yet. A prompt under "switch" runs "fused", on restored weights.
-    ValueError where the execution asked for cannot do it.
+    A prompt under "switch" runs "fused", on restored weights. ValueError where the execution asked for cannot do it.
     """
-    if execution in ("auto", "reference"):
+    if execution == "reference":
         return "reference"
     if needs_grad:
         raise ValueError(
@@ -53,6 +57,43 @@ def resolve(execution, batch, seq, needs_grad) -> str:
             f'got a batch of {batch}: use "fused"'
         )
     return "switch" if execution == "switch" and seq == 1 else "fused"
+
+
+def automatic(layers, config, tokens, itemsize, device, needs_grad) -> str:
+    """ "reference" or "fused", whichever is expected to take less time. Kernels need a GPU, and have no gradients.
+
+    Launched one by one from Python, "fused" takes the host longer than "reference": it pays where the GPU's work is longer still, or
+    `in_graph`. torch.compile fuses the reference, and cannot see into the kernels.
+    """
+    if (
+        device.type != "cuda"
+        or needs_grad
+        or torch.compiler.is_compiling()
+        or importlib.util.find_spec("triton") is None
+    ):
+        return "reference"
+    return cheapest(layers, config, tokens, itemsize, _in_graph.get())
+
+
+@contextmanager
+def in_graph():
+    """Inside, "auto" chooses as for a CUDA graph, which spares the host: for a capture, and the runs before it that compile kernels."""
+    token = _in_graph.set(True)
+    try:
+        yield
+    finally:
+        _in_graph.reset(token)
+
+
+@lru_cache
+def cheapest(layers, config, tokens, itemsize, captured) -> str:
+    """ "reference" or "fused". captured: in a CUDA graph, where the host's time does not count."""
+
+    def seconds(cost):
+        return cost.seconds if captured else max(cost.seconds, len(layers) * HOST[cost.execution])
+
+    found = (cost for cost in costs(layers, config, tokens, itemsize) if cost.execution in HOST)
+    return min(found, key=seconds).execution
 
 
 class Kernel(NamedTuple):

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-from adafuse.execution import gradients_needed, resolve
+from adafuse.execution import automatic, gradients_needed, resolve
 from adafuse.ops.delta import add_delta
 from adafuse.router import Routing
 
@@ -82,6 +82,7 @@ class PreGate:
 
     def __init__(self, router, banks, config, num_blocks):
         self.router, self.banks, self.config, self.num_blocks = router, banks, config, num_blocks
+        self.layers = tuple((bank.in_features, bank.out_features) for bank in banks)
         self.enabled = True
         self.execution = "auto"
         self.switcher = None  # of execution "switch": a Switcher
@@ -104,7 +105,7 @@ class PreGate:
 
     def _shares_of(self, routing, h0):
         parameters = (p for module in (self.router, *self.banks) for p in module.parameters())
-        how = resolve(self.execution, *h0.shape[:2], gradients_needed(h0, parameters))
+        how = self.how(*h0.shape[:2], compute_dtype(h0), gradients_needed(h0, parameters))
         if how == "switch":
             if self.config.lora_dropout and self.router.training:
                 raise ValueError(
@@ -120,6 +121,12 @@ class PreGate:
             return fused_blocks(routing, self.config, self.num_blocks)
         masks = self._rank_masks(routing, compute_dtype(h0))
         return masks * self.num_blocks if len(masks) == 1 else masks
+
+    def how(self, batch, seq, dtype, needs_grad) -> str:
+        """What a forward of batch x seq tokens does: "reference", "fused" or "switch"."""
+        if self.execution == "auto":
+            return automatic(self.layers, self.config, batch * seq, dtype.itemsize, self.router.device, needs_grad)
+        return resolve(self.execution, batch, seq, needs_grad)
 
     def _base_alone(self):
         if self.switcher is not None:

@@ -10,7 +10,7 @@ import torch
 from adafuse.attached import AttachedModel, Prepared
 from adafuse.config import AdaFuseConfig
 from adafuse.discover import find_blocks, find_targets
-from adafuse.execution import check_available, costs, explain, resolve
+from adafuse.execution import cheapest, check_available, costs, explain
 from adafuse.experts import ExpertBank
 from adafuse.fingerprint import fingerprint, tensor_shapes
 from adafuse.layers import AdapterLinear, PreGate, device_of, recording
@@ -75,8 +75,9 @@ class AdaFuseModel(AttachedModel):
         """How adapters are computed. The function is the same.
 
         "reference": plain PyTorch, differentiable. "fused": unmerged Triton kernels, exact, any batch, no gradients. "switch": the weights
-        of the base, merged with one token's experts and switched by one launch a token; one sequence at a time. "auto": chooses;
-        now always the reference. ValueError when set to what cannot run here.
+        of the base, merged with one token's experts and switched by one launch a token; one sequence at a time. "auto":
+        "reference" or "fused", whichever is expected to take less time (`execution.automatic`). ValueError when set to what cannot run
+        here.
         """
         return self._gate.execution
 
@@ -141,9 +142,12 @@ class AdaFuseModel(AttachedModel):
 
     def explain_execution(self, tokens: int = 1) -> str:
         """Print, and return, what a forward of `tokens` tokens without gradients would do, and the bytes and FLOPs of each execution."""
-        layers = [(bank.in_features, bank.out_features) for bank in self.banks.values()]
-        found = costs(layers, self.adafuse_config, tokens, self.get_base_model().dtype.itemsize)
-        text = explain(found, resolve(self.execution, 1, tokens, needs_grad=False), tokens)
+        gate, dtype = self._gate, self.get_base_model().dtype
+        found = costs(gate.layers, gate.config, tokens, dtype.itemsize)
+        text = explain(found, gate.how(1, tokens, dtype, needs_grad=False), tokens)
+        if self.execution == "auto" and self.router.device.type == "cuda":
+            captured = cheapest(gate.layers, gate.config, tokens, dtype.itemsize, True)
+            text += f"\nlaunched from Python; in a CUDA graph: {captured}"
         print(text)
         return text
 

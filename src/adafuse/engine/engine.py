@@ -46,8 +46,8 @@ class Engine:
     models by their own forward. Its weights are read where they are: what is trained or loaded into it later counts. tokenizer: for
     prompts as strings, text and stop strings. prefill_chunk: tokens of a prompt that are run at once. max_seq_len: cut to the positions
     that the model has.
-    kernels: run the steps on the library's kernels, which batches of up to 8 take, instead of plain PyTorch. graphs: capture the steps in
-    CUDA graphs, the first time that a batch of such a size and such settings comes.
+    kernels: run the steps on the library's kernels, which take batches of up to 8, instead of plain PyTorch; None: on a GPU, for the types
+    above. graphs: capture the steps in CUDA graphs, the first time that a batch of such a size and such settings comes; None: on a GPU.
 
     It computes what the model does in evaluation mode, in the model's dtype. One generation at a time.
     ValueError for a model it does not run, for sizes below 1, and for what kernels and graphs do not take or need; ImportError for kernels
@@ -62,8 +62,8 @@ class Engine:
         *,
         tokenizer=None,
         prefill_chunk: int = 512,
-        kernels: bool = False,
-        graphs: bool = False,
+        kernels: bool | None = None,
+        graphs: bool | None = None,
     ):
         for name, value in (("max_seq_len", max_seq_len), ("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -73,7 +73,8 @@ class Engine:
         self.max_seq_len = min(max_seq_len, self._backbone.max_positions)
         on_gpu = self._backbone.device.type == "cuda"
         own = self._runs_blocks()
-        self._kernels = kernels
+        self._kernels = on_gpu and own if kernels is None else kernels
+        graphs = on_gpu if graphs is None else graphs
         gate = None
         if own and isinstance(model, AdaFuseModel):
             gate = Gate(model.router, model.adafuse_config, len(self._backbone.blocks))
@@ -97,7 +98,7 @@ class Engine:
     def _check_ways(self, gate, graphs, on_gpu):
         for name, value in (("kernels", self._kernels), ("graphs", graphs)):
             if not isinstance(value, bool):
-                raise ValueError(f"{name}={value!r}: allowed are True and False")
+                raise ValueError(f"{name}={value!r}: allowed are True, False and None")
         if graphs and not on_gpu:
             raise ValueError(
                 f"graphs=True captures CUDA graphs, and the model is on {self._backbone.device}; move it to a GPU"

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from adafuse.execution import in_graph
+
 WARMUP = 2  # runs before a capture: kernels are compiled and loaded in the first
 
 
@@ -22,7 +24,7 @@ class Graphs:
     @torch.no_grad()
     def capture(self, name, run: Callable[[], None]):
         """Run `run` twice, then capture it. It must not wait for the device, nor allocate what outlives it."""
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self._device), in_graph():
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import dot, launch_options, processors
+from adafuse.ops.launch import cdiv, dot, launch_options, next_power_of_2, processors
 
 MAX_GROUP = 16  # heads of a key-value head: rows of a tensor core's tile
 MAX_HEAD_DIM = 256
@@ -47,7 +47,7 @@ class Room(NamedTuple):
         _, tokens, kv_heads, length, head_dim = cache.shape
         device = cache.device
         places = PROGRAMS * processors(cache)
-        parts = max(1, min(places // (tokens * kv_heads), triton.cdiv(length, 2 * _keys(cache)), MAX_PARTS))
+        parts = max(1, min(places // (tokens * kv_heads), cdiv(length, 2 * _keys(cache)), MAX_PARTS))
         partial = torch.zeros(tokens, kv_heads, parts, heads // kv_heads + 2, head_dim, device=device)
         return cls(partial, torch.zeros(tokens, kv_heads, dtype=torch.int32, device=device))
 
@@ -288,11 +288,11 @@ def attend(
             HEADS=count,
             KV_HEADS=kv_heads,
             D=dim,
-            BLOCK_D=max(16, triton.next_power_of_2(dim)),
+            BLOCK_D=max(16, next_power_of_2(dim)),
             BLOCK_G=MAX_GROUP,
             BLOCK_N=_keys(cache),
             PARTS=parts,
-            BLOCK_P=triton.next_power_of_2(parts),
+            BLOCK_P=next_power_of_2(parts),
             BIAS=heads.q_bias is not None,
             NORM=heads.q_norm is not None,
             WINDOW=window is not None,
@@ -304,7 +304,7 @@ def attend(
 
 def _keys(cache):
     """Keys of a tile: 8 KB, 64 registers of a thread for two tiles of keys and values."""
-    row = triton.next_power_of_2(cache.shape[-1]) * cache.element_size()
+    row = next_power_of_2(cache.shape[-1]) * cache.element_size()
     return max(16, min(64, 8192 // row))
 
 

@@ -21,10 +21,9 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 import triton.language as tl
-from triton import cdiv, next_power_of_2
 
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import dot, launch_options, processors
+from adafuse.ops.launch import cdiv, dot, launch_options, next_power_of_2, processors
 
 SHARED_MEMORY = 227 * 1024  # of a processor
 KEY_BITS = 62  # of an int64, leaving the sign alone

@@ -32,11 +32,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton import cdiv, next_power_of_2
 
 from adafuse.ops import launch
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import INTERPRETED, dot
+from adafuse.ops.launch import INTERPRETED, cdiv, dot, next_power_of_2
 
 LINE = 128  # bytes that a prefetch asks for
 SHARED_MEMORY = 227 * 1024  # of a processor

@@ -35,7 +35,7 @@ import triton.language as tl
 
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import INTERPRETED, has_bulk_prefetch, launch_options, processors
+from adafuse.ops.launch import INTERPRETED, cdiv, has_bulk_prefetch, launch_options, next_power_of_2, processors
 
 MAX_TOKENS = 8
 MAX_FEATURES = 65536
@@ -522,8 +522,8 @@ def decode(
     widths = tuple(len(w) for w in base_weights)
     tile = tile or Tile.default(features, x.element_size())
     adapted = chosen is not None
-    shrinks = len(widths) * triton.cdiv(chosen.active, tile.block_j) if adapted else 0
-    tiles = sum(triton.cdiv(width, tile.block_o) for width in widths)
+    shrinks = len(widths) * cdiv(chosen.active, tile.block_j) if adapted else 0
+    tiles = sum(cdiv(width, tile.block_o) for width in widths)
     places = max(0, processors(x) * tile.resident - tokens * shrinks)
     seconds = max(0, min(places, tiles - places)) if adapted and tokens == 1 else 0
     aligned = _aligned(features, *base_weights, *banks_a, *banks_b) and all(
@@ -554,9 +554,9 @@ def decode(
             S=chosen.shared_rank if adapted else 0,
             SHRINKS=shrinks,
             COPIES=len(h) if adapted else 1,
-            BLOCK_T=triton.next_power_of_2(tokens),
+            BLOCK_T=next_power_of_2(tokens),
             BLOCK_O=tile.block_o,
-            BLOCK_J=triton.next_power_of_2(chosen.active) if adapted else 1,
+            BLOCK_J=next_power_of_2(chosen.active) if adapted else 1,
             BLOCK_SHRINK=tile.block_j,
             CHUNK=_columns(features) // tile.chunks,
             PREFETCH=aligned and has_bulk_prefetch(x),
@@ -618,9 +618,9 @@ def expand(h, b, chosen: Chosen, y, *, block_o=256, num_warps=4):
             f"h must be int32 [{len(y)}, {chosen.active}] with contiguous rows, got {h.dtype} {list(h.shape)}"
         )
     tokens, features = y.shape
-    block_j = min(32, triton.next_power_of_2(chosen.active))
+    block_j = min(32, next_power_of_2(chosen.active))
     with torch.cuda.device_of(y):
-        _expand_kernel[(triton.cdiv(features, block_o), tokens)](
+        _expand_kernel[(cdiv(features, block_o), tokens)](
             h,
             b,
             chosen.experts,
@@ -703,7 +703,7 @@ def _check_chosen(x, chosen):
 
 def _columns(features):
     """A row of W, padded to what a program can hold."""
-    return max(triton.next_power_of_2(features), 128)
+    return max(next_power_of_2(features), 128)
 
 
 def _aligned(features, *matrices):

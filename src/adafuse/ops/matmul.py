@@ -16,12 +16,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton import cdiv, next_power_of_2
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from adafuse.ops.batch import ROUTING, Tiles, check_expand, expand_tiles_ref
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import dot, processors
+from adafuse.ops.launch import cdiv, dot, next_power_of_2, processors
 
 MOST_LINEARS = 3  # of a group: a kernel takes descriptors one by one, not as a tuple
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import launch_options
+from adafuse.ops.launch import cdiv, launch_options, next_power_of_2
 
 MAX_HIDDEN = 32768  # a row that a program holds
 BLOCK_F = 1024
@@ -145,7 +145,7 @@ def add_norm(y, residual, weight, out, *, eps, bias=None, pdl=False):
             out,
             eps,
             H=hidden,
-            BLOCK_H=triton.next_power_of_2(hidden),
+            BLOCK_H=next_power_of_2(hidden),
             BIAS=bias is not None,
             num_warps=_warps(hidden),
             **launch_options(pdl),
@@ -180,7 +180,7 @@ def embed_norm(tokens, embeddings, residual, weight, out, *, eps):
             out,
             eps,
             H=hidden,
-            BLOCK_H=triton.next_power_of_2(hidden),
+            BLOCK_H=next_power_of_2(hidden),
             num_warps=_warps(hidden),
         )
     return out
@@ -201,7 +201,7 @@ def swiglu(gate_up, out, *, gate_bias=None, up_bias=None, pdl=False):
             f"gate_up must be contiguous {out.dtype} [{tokens}, {2 * features}], got {gate_up.dtype} {list(gate_up.shape)}"
         )
     with torch.cuda.device_of(out):
-        _swiglu_kernel[(triton.cdiv(features, BLOCK_F), tokens)](
+        _swiglu_kernel[(cdiv(features, BLOCK_F), tokens)](
             gate_up,
             gate_bias,
             up_bias,
@@ -217,7 +217,7 @@ def swiglu(gate_up, out, *, gate_bias=None, up_bias=None, pdl=False):
 
 def _warps(hidden):
     """16 numbers a thread, as long as there are threads."""
-    return max(1, min(16, triton.next_power_of_2(hidden) // 512))
+    return max(1, min(16, next_power_of_2(hidden) // 512))
 
 
 def _check_rows(like, rows, vectors):

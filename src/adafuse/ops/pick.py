@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import launch_options
+from adafuse.ops.launch import cdiv, launch_options, next_power_of_2
 
 BLOCK_V = 2048
 BROKEN = tl.constexpr(2147483647)  # an index that no token has: of logits that are no numbers
@@ -69,7 +69,7 @@ def _pick_kernel(
 
 def room(tokens: int, vocab_size: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `pick` works in: values and indices [T, blocks of V], arrived [T] int32, 0 between calls."""
-    blocks = triton.cdiv(vocab_size, BLOCK_V)
+    blocks = cdiv(vocab_size, BLOCK_V)
     values = torch.zeros(tokens, blocks, device=device)
     indices = torch.zeros(tokens, blocks, dtype=torch.int32, device=device)
     return values, indices, torch.zeros(tokens, dtype=torch.int32, device=device)
@@ -92,7 +92,7 @@ def pick(logits, picked, tokens, room, *, positions=None, advance=None, last=0, 
         if tensor.shape != (count,) or tensor.dtype != torch.int64 or not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous int64 [{count}], got {tensor.dtype} {list(tensor.shape)}")
     values, indices, arrived = room
-    blocks = triton.cdiv(vocab, BLOCK_V)
+    blocks = cdiv(vocab, BLOCK_V)
     if values.shape != (count, blocks) or indices.shape != (count, blocks) or arrived.shape != (count,):
         raise ValueError(f"room is for {list(values.shape)} blocks, the logits have [{count}, {blocks}]")
     with torch.cuda.device_of(logits):
@@ -108,7 +108,7 @@ def pick(logits, picked, tokens, room, *, positions=None, advance=None, last=0, 
             vocab,
             last,
             BLOCKS=blocks,
-            BLOCK_B=triton.next_power_of_2(blocks),
+            BLOCK_B=next_power_of_2(blocks),
             BLOCK_V=BLOCK_V,
             MOVE=positions is not None,
             num_warps=4,

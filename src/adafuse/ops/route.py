@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import launch_options
+from adafuse.ops.launch import cdiv, launch_options, next_power_of_2
 
 RMS_EPS = tl.constexpr(1e-6)
 
@@ -124,8 +124,8 @@ def route(h0, weight, experts, weights, *, num_experts, scale, logits, hidden=No
             D=decisions,
             E=num_experts,
             K=top_k,
-            BLOCK_E=triton.next_power_of_2(num_experts),
-            BLOCK_K=triton.next_power_of_2(top_k),
+            BLOCK_E=next_power_of_2(num_experts),
+            BLOCK_K=next_power_of_2(top_k),
             num_warps=1,
             **launch_options(pdl),
         )
@@ -135,7 +135,7 @@ def _rows_times(x, weight, out, *, norm, silu, pdl):
     rows, features = weight.shape
     block_n = 1 if rows <= 256 else 4
     with torch.cuda.device_of(x):
-        _logits_kernel[(triton.cdiv(rows, block_n), len(x))](
+        _logits_kernel[(cdiv(rows, block_n), len(x))](
             x,
             weight,
             out,
@@ -143,7 +143,7 @@ def _rows_times(x, weight, out, *, norm, silu, pdl):
             rows,
             H=features,
             BLOCK_N=block_n,
-            BLOCK_H=min(triton.next_power_of_2(features), 4096 // block_n),
+            BLOCK_H=min(next_power_of_2(features), 4096 // block_n),
             NORM=norm,
             SILU=silu,
             num_warps=4,

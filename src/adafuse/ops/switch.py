@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import INTERPRETED
+from adafuse.ops.launch import INTERPRETED, cdiv, next_power_of_2
 
 _FIELDS = tl.constexpr(10)  # int64 numbers of a segment in the table, in the order in which the kernel reads them
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -100,7 +100,7 @@ class SwitchTable:
         ranks = max(max(self.ranks(s), top_k * s.r + s.shared_rank) for s in self.segments)
         self.aligned = all(_is_aligned(s) for s in self.segments)
         self.tile = tile or Tile.default(ranks, self.dtype, self.aligned)
-        self.block_r = min(self.tile.max_ranks, max(16, triton.next_power_of_2(ranks)))
+        self.block_r = min(self.tile.max_ranks, max(16, next_power_of_2(ranks)))
         self.resident = ranks <= self.block_r
         self.table = torch.tensor([_row(s) for s in self.segments], dtype=torch.int64).to(self.device)
         self.programs = torch.cat([_programs(i, s, self.tile) for i, s in enumerate(self.segments)]).to(self.device)
@@ -201,7 +201,7 @@ def _row(s: Segment) -> list[int]:
 def _programs(index: int, s: Segment, tile: Tile):
     """int32 [P, 3]: segment, block of rows, strip of columns; blocks of rows run fastest, so that neighbours share right ranks."""
     m, n = s.weight.shape
-    strips, blocks = triton.cdiv(n, tile.block_n * tile.strip), triton.cdiv(m, tile.block_m)
+    strips, blocks = cdiv(n, tile.block_n * tile.strip), cdiv(m, tile.block_m)
     strip, block = torch.meshgrid(torch.arange(strips), torch.arange(blocks), indexing="ij")
     return torch.stack([torch.full_like(strip, index), block, strip], -1).flatten(0, 1).int()
 
