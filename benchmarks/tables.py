@@ -18,6 +18,7 @@ DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "docs" / "evaluation.md",
     ROOT / "docs" / "kernels.md",
+    ROOT / "docs" / "latency.md",
     ROOT / "benchmarks" / "domains" / "SOURCES.md",
 )
 # <!-- table NAME GPU --> ... <!-- end -->: NAME is a key of TABLES, up to a dot the name of a result file.
@@ -128,6 +129,117 @@ KERNEL_TARGETS = {
 }
 
 
+def decode(rows):
+    """A line a row of each case: the median, and what it is compared with. Of a profile: `decode_profile`."""
+    lines = [
+        "| model | context | batch | row | ms | compared with | ratio | target |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    first = _case(rows[0])
+    for row in rows:
+        if row["name"].startswith("profile/") or row["unit"] != "ms":
+            continue
+        target = DECODE_TARGETS.get(row["name"], "") if _case(row) == first else ""
+        ratio = f"{row['ratio']:.3f}" if row["ratio"] else ""
+        cells = (*_case(row), row["name"], f"{row['median']:.3f}", row["vs"] or "", ratio, target)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def decode_summary(rows):
+    """What a token takes in each way, for the first case."""
+    found = {row["name"]: row for row in rows if _case(row) == _case(rows[0])}
+    lines = ["| a token of Llama-2-7B | ms | of bare HuggingFace, compiled | of ours, r 64 |", "|---|---|---|---|"]
+    compiled, ours = found["hf/compiled"]["median"], found["engine/fused_r64"]["median"]
+    for name, title in DECODE_WAYS.items():
+        median = found[name]["median"]
+        lines.append(f"| {title} | {median:.2f} | {median / compiled:.2f}x | {median / ours:.2f}x |")
+    launch, eager = found["host/launch"]["median"], found["hf/eager"]["median"]
+    return [
+        *lines,
+        "",
+        "Shapes of Llama-2-7B with random weights, bf16, batch 1, context 256, 128 new tokens, all linears adapted, 8 experts, 2 a "
+        "token that change at every token, greedy sampling included; medians of one run. Reading what must be read takes "
+        f"{found['roofline_r64']['median']:.2f} ms with the experts of r 64. What is published is launched from Python, so it measures the "
+        f"host too: one launch takes it {launch:.1f} us, a token of the bare HuggingFace model without graphs {eager:.0f} ms.",
+    ]
+
+
+def decode_profile(rows):
+    """Launches of a token and what the parts of its time are, for the first case."""
+    found = {row["name"]: row for row in rows if _case(row) == _case(rows[0])}
+    parts = ("attention", "between", "adapters", "rest")
+    lines = [
+        "| row | ms | launches | kernels one by one, ms | attention | norms, activation | adapters | rest |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in (name for name in found if f"profile/{name}/launches" in found):
+        launches, kernels = (found[f"profile/{name}/{what}"]["median"] for what in ("launches", "kernels"))
+        cells = [
+            f"{found[f'profile/{name}/{part}']['median']:.2f}" if f"profile/{name}/{part}" in found else ""
+            for part in parts
+        ]
+        lines.append(f"| {name} | {found[name]['median']:.2f} | {launches:.0f} | {kernels:.2f} | {' | '.join(cells)} |")
+    return lines
+
+
+def _case(row):
+    return tuple(row["case"].get(key, "") for key in ("model", "context", "batch"))
+
+
+# What the README says of each row.
+DECODE_WAYS = {
+    "hf/compiled": "bare HuggingFace model, torch.compile, static cache, CUDA graph",
+    "engine/backbone": "bare model, this engine",
+    "engine/fused_r16": "**mixture, r 16, this engine**",
+    "engine/fused_r64": "**mixture, r 64, this engine**",
+    "graphed/layerwise_ours": "layer-wise routing, r 64, on this engine and its kernels",
+    "graphed/layerwise": "layer-wise routing, r 64, PyTorch in a CUDA graph",
+    "engine/switch_pristine": "merging the token's experts in one launch, this engine",
+    "published/layerwise": "layer-wise routing, r 64, as published",
+}
+# Of Llama-2-7B, context 256, batch 1: what the ratio is held to.
+DECODE_TARGETS = {
+    "engine/backbone": "<= 0.82",
+    "engine/backbone_vs_roofline": "<= 1.12",
+    "engine/fused_r64": "<= 1.08",
+    "engine/fused_r16": "<= 1.05",
+    "engine/fused_r64_vs_compiled": "<= 0.95",
+    "published/layerwise_vs_fused_r64": ">= 2.4",
+    "published/mola_vs_fused_r64": ">= 2.4",
+    "published/pesc_vs_fused_r64": ">= 2.4",
+}
+
+
+def executions(rows):
+    """HuggingFace's forward: the backbone, and above it the reference and the kernels."""
+    lines = ["| model | sequences x tokens | backbone, ms | r | reference | fused |", "|---|---|---|---|---|---|"]
+
+    def key(row, *names):
+        return tuple(row["case"][name] for name in names)
+
+    same = ("model", "sequences", "tokens")
+    backbones = {key(row, *same): row["median"] for row in rows if row["name"] == "forward/backbone"}
+    fused = {key(row, *same, "r"): row for row in rows if row["name"] == "forward/fused"}
+    for row in (row for row in rows if row["name"] == "forward/reference"):
+        model, sequences, tokens = key(row, *same)
+        alone, other = backbones[model, sequences, tokens], fused[key(row, *same, "r")]
+        cells = " | ".join(f"{each['median']:.0f} ms, {each['ratio']:.2f}x" for each in (row, other))
+        lines.append(f"| {model} | {sequences} x {tokens} | {alone:.0f} | {row['case']['r']} | {cells} |")
+    return [*lines, "", f"One launch takes this host {rows[0]['median']:.1f} us."]
+
+
+def drift(rows):
+    """Relative error of weights that were switched in place, by tokens and dtype."""
+    dtypes = list(dict.fromkeys(row["case"]["dtype"] for row in rows))
+    found = {(row["case"]["tokens"], row["case"]["dtype"]): row for row in rows}
+    lines = [f"| tokens | {' | '.join(dtypes)} |", "|---|" + "---|" * len(dtypes)]
+    for tokens in dict.fromkeys(row["case"]["tokens"] for row in rows):
+        cells = " | ".join(f"{found[tokens, dtype]['median']:.1e}" for dtype in dtypes)
+        lines.append(f"| {tokens} | {cells} |")
+    return lines
+
+
 def domains(rows):
     """Accuracy of readers that know nothing, by domain."""
     lines = ["| domain | random | choices only | most overlap |", "|---|---|---|---|"]
@@ -213,6 +325,11 @@ TABLES = {
     "choices": choices,
     "kernels": kernels,
     "kernels.summary": kernels_summary,
+    "decode": decode,
+    "decode.summary": decode_summary,
+    "decode.profile": decode_profile,
+    "executions": executions,
+    "drift": drift,
     "domains": domains,
     "accuracy": accuracy,
     "accuracy.domains": accuracy_domains,

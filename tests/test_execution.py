@@ -1,7 +1,9 @@
 """Whole models under each execution: fused and switch against the per-token loop and against each other, and what they refuse."""
 
 import copy
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,10 @@ from transformers import DynamicCache
 pytest.importorskip("triton")
 
 from adafuse import AdaFuseConfig, AdaFuseModel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import drift as drift_benchmark
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GREEDY = {"do_sample": False, "pad_token_id": 0}
@@ -203,30 +209,13 @@ class _Counted:
         return launch
 
 
-def drift(dtype, tokens, seed=0):
-    """Error of in-place switched weights after some tokens, relative to the adapter's own delta."""
-    from adafuse.ops.switch import Segment, SwitchTable, switch
-
-    torch.manual_seed(seed)
-    out_features, in_features, num_experts, r = 48, 64, 4, 4
-    weight = torch.randn(out_features, in_features, dtype=torch.float64) * 0.02
-    left, right = torch.randn(num_experts * r, out_features) * 0.02, torch.randn(num_experts * r, in_features) * 0.02
-    written, left, right = (each.to(DEVICE, dtype).contiguous() for each in (weight, left, right))
-    untouched = written.double()
-    table = SwitchTable([Segment(written, left, right, r, num_experts)], top_k=2)
-    old = None
-    for _ in range(tokens):
-        experts = torch.randperm(num_experts)[:2].int()[None].to(DEVICE)
-        gates = torch.rand(1, 2).to(DEVICE)
-        switch(table, experts, gates, old=old)
-        old = (experts, gates)
-    rows = (experts[0].long()[:, None] * r + torch.arange(r, device=DEVICE)).flatten()
-    delta = (left[rows].double() * gates[0].double().repeat_interleave(r)[:, None]).T @ right[rows].double()
-    return ((written.double() - untouched - delta).norm() / delta.norm()).item()
+def drift(dtype, *tokens):
+    """Errors of in-place switched weights after some tokens, relative to what the experts add."""
+    return drift_benchmark.drift(dtype, tokens, DEVICE, shape=(48, 64), num_experts=4, r=4)
 
 
 def test_in_place_drifts_in_half_precision_and_not_in_fp32():
-    after = {dtype: [drift(dtype, n) for n in (1, 100)] for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+    after = {dtype: drift(dtype, 1, 100) for dtype in (torch.float32, torch.float16, torch.bfloat16)}
     assert max(after[torch.float32]) < 1e-3
     for dtype in (torch.float16, torch.bfloat16):
         assert after[dtype][1] > 3 * after[dtype][0]
@@ -235,7 +224,8 @@ def test_in_place_drifts_in_half_precision_and_not_in_fp32():
 
 @pytest.mark.gpu
 def test_in_place_drift_over_a_thousand_tokens():
-    assert drift(torch.float32, 1000) < 1e-2 < drift(torch.float16, 1000) < drift(torch.bfloat16, 1000)
+    (fp32,), (fp16,), (bf16,) = (drift(dtype, 1000) for dtype in (torch.float32, torch.float16, torch.bfloat16))
+    assert fp32 < 1e-2 < fp16 < bf16
 
 
 # what is refused
