@@ -1,5 +1,6 @@
 """The kernels' benchmark at toy size, so that it does not rot: each way of running a stack of linears against fp64."""
 
+import json
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -76,3 +77,16 @@ def test_no_script_hides_a_package():
     """Scripts run with their folder in front of the path. transformers imports `kernels` where it finds one, and what else it likes."""
     scripts = {path.stem for path in Path(shapes.__file__).parent.glob("*.py")}
     assert not scripts & {*packages_distributions(), *sys.stdlib_module_names, "kernels"}
+
+
+def test_the_chart_of_a_token_shows_what_was_measured(tmp_path):
+    import charts
+
+    rows = json.loads((charts.ROOT / "benchmarks" / "results" / "h100" / "decode.json").read_text())["rows"]
+    found = {row["name"]: row for row in rows}
+    for name in charts.BARS.keys() & found.keys():
+        parts = charts.parts_of(name, charts.BARS[name], found)
+        assert sum(parts.values()) == pytest.approx(found[name]["median"])
+        assert min(parts.values()) >= 0
+    charts.latency(rows, tmp_path / "latency.svg")
+    assert (tmp_path / "latency.svg").stat().st_size > 10_000
