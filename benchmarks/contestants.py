@@ -3,14 +3,40 @@
 Every one has `token` [B], where the next input is put, `picked` [B], the token it chose, `logits` [B, V], `step`, and `restart`.
 """
 
+import sys
+from contextlib import contextmanager
+
 import torch
 from timing import graph_of
 from transformers import DynamicCache, StaticCache
 
 from adafuse import Engine
+from adafuse.baselines import deltas, routers
 from adafuse.engine.kernels import Step
 from adafuse.engine.runner import Runner
 from adafuse.engine.sampling import Sampler, Sampling
+
+
+@contextmanager
+def parts_compiled(model, **options):
+    """torch.compile for what lies between the matmuls: norms, rotary positions, the peers' choices, masks and sums.
+
+    Whole blocks of the peers do not compile into one piece, since their routing travels in context variables. options: torch.compile's.
+    """
+    modeling = sys.modules[type(getattr(model, "get_base_model", lambda: model)()).__module__]
+    norm = next(cls for name, cls in vars(modeling).items() if name.endswith("RMSNorm") and isinstance(cls, type))
+    places = [(norm, "forward"), (modeling, "apply_rotary_pos_emb"), (routers, "choose")]
+    kept, graph = [getattr(*place) for place in places], deltas.ADD["graph"]
+    for place, plain in zip(places, kept, strict=True):
+        setattr(*place, torch.compile(plain, dynamic=False, **options))
+    deltas.ADD["graph"] = torch.compile(graph, dynamic=False, **options)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=64):  # every shape of the linears is compiled for itself
+            yield
+    finally:
+        for place, plain in zip(places, kept, strict=True):
+            setattr(*place, plain)
+        deltas.ADD["graph"] = graph
 
 
 class HfRun:

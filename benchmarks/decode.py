@@ -21,7 +21,7 @@ from pathlib import Path
 
 import record
 import torch
-from contestants import EngineRun, HfRun, MergePerMatrix, Without
+from contestants import EngineRun, HfRun, MergePerMatrix, Without, parts_compiled
 from layerwise import LayerwiseStep, modules_of
 from shapes import SHAPES
 from stack import relative_error
@@ -46,6 +46,7 @@ from adafuse.engine.backbone import read_backbone
 LIMIT = 1.5  # times the error against fp32 that HuggingFace's own forward has in bf16
 MERGED = 2  # the same where experts are rounded into the weights, or the router's weights to bf16
 LONG, SHORT = 128, 24  # new tokens; SHORT where one takes hundreds of milliseconds
+MERGING = ("merge_per_matrix", "switch_pristine", "switch_in_place")
 WARMUP = 8  # tokens that are not counted
 ROWS = (
     "roofline", "host/launch", "hf/eager", "hf/compiled", "engine/backbone", "engine/fused_r64", "engine/fused_r16",
@@ -195,11 +196,13 @@ class Bench:
                 exact=self.exact_backbone,
             )
             free()
-            if self.profile:
-                self.ablations("engine/backbone", self.base)
-        for r in (64, 16):
-            if self.wants(f"engine/fused_r{r}") or (r == 64 and self._wants_merging()):
-                self.adapted_rows(r)
+        for r in (64, 16):  # one right after the other, so that they are compared on a GPU of one temperature
+            if self.wants(f"engine/fused_r{r}"):
+                self.fused_rows(r)
+        if self.profile:
+            self.ablations("engine/backbone", self.base)
+        if self.batch == 1 and any(self.wants(f"engine/{way}") for way in MERGING):
+            self.merging_rows()
 
     def text_row(self, name, run, count, mixture):
         """The same with the tokens of a text, where experts do not change at every one."""
@@ -208,30 +211,28 @@ class Bench:
             samples = self.times(run, count, forced)
             self.add_row(f"{name}_text", samples, (name,), new_tokens=count, changes=round(share, 3), **mixture)
 
-    def _wants_merging(self):
-        names = ("engine/switch_pristine", "engine/switch_in_place", "engine/merge_per_matrix")
-        return self.batch == 1 and any(self.wants(name) for name in names)
-
-    def adapted_rows(self, r):
+    def _adapted(self, r):
+        """(model, what `exact` finds of it, its part of the case)."""
         model = adapted(self.base, r // 16 if self.tiny else r, self.router)
         mixture = {"num_experts": EXPERTS, "r": model.adafuse_config.r, "top_k": TOP_K}
-        exact = self.exact(model)
-        if self.wants(f"engine/fused_r{r}"):
-            run = EngineRun(model, self.ids, self.new)
-            others = ("engine/backbone", f"roofline_r{r}", "hf/compiled")
-            self.add(f"engine/fused_r{r}", run, vs=others, exact=exact, **mixture)
-            if r == 64:
-                self.text_row(f"engine/fused_r{r}", run, self.new, mixture)
-            del run
-            free()
-            if self.profile:
-                self.ablations(f"engine/fused_r{r}", model)
-        if r == 64 and self.batch == 1:
-            self.merging_rows(model, exact, mixture)
+        return model, self.exact(model), mixture
+
+    def fused_rows(self, r):
+        model, exact, mixture = self._adapted(r)
+        name, others = f"engine/fused_r{r}", ("engine/backbone", f"roofline_r{r}", "hf/compiled")
+        run = EngineRun(model, self.ids, self.new)
+        self.add(name, run, vs=others, exact=exact, **mixture)
+        if r == 64:
+            self.text_row(name, run, self.new, mixture)
+        del run
+        free()
+        if self.profile:
+            self.ablations(name, model)
         model.detach()
         free()
 
-    def merging_rows(self, model, exact, mixture):
+    def merging_rows(self):
+        model, exact, mixture = self._adapted(64)
         vs = ("engine/fused_r64", "engine/backbone")
         if self.wants("engine/merge_per_matrix"):
             run = EngineRun(model, self.ids, self.new, make_step=MergePerMatrix)
@@ -244,6 +245,8 @@ class Bench:
                 with unchanged(self.backbone):
                     self.switch_rows(model, source, exact, mixture, vs)
                 free()
+        model.detach()
+        free()
 
     def switch_rows(self, model, source, exact, mixture, vs):
         model.switch_source = source
@@ -285,8 +288,7 @@ class Bench:
         exact = self.exact(model)
         for how, row_vs in (("published", ("hf/eager", *vs)), ("graphed", vs)):
             if how in rows:
-                model.execution = how.replace("graphed", "graph")
-                run = HfRun(model, self.ids, short, "eager" if how == "published" else "graphed")
+                run = self._peer(model, how)
                 self.add(f"{how}/{name}", run, count=short, vs=row_vs, exact=exact, **mixture)
                 del run
                 free()
@@ -295,6 +297,13 @@ class Bench:
         model.detach()
         del model
         free()
+
+    def _peer(self, model, how):
+        model.execution = how.replace("graphed", "graph")
+        if how == "published":
+            return HfRun(model, self.ids, self.short, "eager")
+        with parts_compiled(model, backend="eager" if self.tiny else "inductor"):
+            return HfRun(model, self.ids, self.short, "graphed")
 
     def layerwise_ours(self, model, config, vs, mixture):
         """Its logits are compared where the cache holds no other prompt than these tokens."""
