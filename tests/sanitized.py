@@ -13,23 +13,25 @@ from adafuse.ops.pick import pick, room
 from adafuse.ops.route import route
 from adafuse.ops.switch import Segment, SwitchTable, switch
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU runs it in the interpreter, so that it does not rot
+
 
 def normal(*shape):
-    return torch.randn(shape, device="cuda").bfloat16()
+    return torch.randn(shape, device=DEVICE).bfloat16()
 
 
 def experts_of(tokens, num_experts, top_k):
-    return torch.rand(tokens, num_experts, device="cuda").argsort(-1)[:, :top_k].int()
+    return torch.rand(tokens, num_experts, device=DEVICE).argsort(-1)[:, :top_k].int()
 
 
 def a_decode(tokens, features, widths, num_experts, r, top_k, shared):
     ranks = num_experts * r + shared
-    weights = torch.rand(tokens, top_k, device="cuda")
+    weights = torch.rand(tokens, top_k, device=DEVICE)
     chosen = Chosen(experts_of(tokens, num_experts, top_k), weights, num_experts, r, shared, 0.5)
     x, base = normal(tokens, features), [normal(o, features) for o in widths]
     banks = {"banks_a": [normal(ranks, features) for _ in widths], "banks_b": [normal(ranks, o) for o in widths]}
     h = torch.full(
-        (copies_of_h(chosen.active), tokens, len(widths), chosen.active), EMPTY.value, dtype=torch.int32, device="cuda"
+        (copies_of_h(chosen.active), tokens, len(widths), chosen.active), EMPTY.value, dtype=torch.int32, device=DEVICE
     )
     decode(x, base, normal(tokens, sum(widths)), **banks, chosen=chosen, h=h)
     decode(x, base, normal(tokens, sum(widths)))
@@ -39,7 +41,7 @@ def a_decode(tokens, features, widths, num_experts, r, top_k, shared):
 
 def a_batch(tokens, features, widths, num_experts, r, top_k, shared):
     ranks = num_experts * r + shared
-    routing = experts_of(tokens, num_experts, top_k), torch.rand(tokens, top_k, device="cuda")
+    routing = experts_of(tokens, num_experts, top_k), torch.rand(tokens, top_k, device=DEVICE)
     tiles = lay_out(*routing, num_experts=num_experts, r=r, shared_rank=shared)
     a, b = [normal(ranks, features) for _ in widths], [normal(ranks, o) for o in widths]
     x, weights = normal(tokens, features), [normal(o, features) for o in widths]
@@ -51,17 +53,17 @@ def a_batch(tokens, features, widths, num_experts, r, top_k, shared):
 def a_crowd(tokens, features, widths, num_experts, r):
     ranks = num_experts * r
     cut = cut_for(tokens, features, widths, ranks)
-    gates = torch.rand(tokens, num_experts + 1, device="cuda")
-    h = torch.empty(cut.h_shape(tokens, len(widths), ranks), device="cuda", dtype=torch.bfloat16)
-    flags = torch.zeros(cut.num_flags(tokens, len(widths), ranks), device="cuda", dtype=torch.int32)
-    scratch = {"h": h, "partial": torch.empty(cut.partial_shape, device="cuda"), "flags": flags, "cut": cut}
+    gates = torch.rand(tokens, num_experts + 1, device=DEVICE)
+    h = torch.empty(cut.h_shape(tokens, len(widths), ranks), device=DEVICE, dtype=torch.bfloat16)
+    flags = torch.zeros(cut.num_flags(tokens, len(widths), ranks), device=DEVICE, dtype=torch.int32)
+    scratch = {"h": h, "partial": torch.empty(cut.partial_shape, device=DEVICE), "flags": flags, "cut": cut}
     banks = {"banks_a": [normal(ranks, features) for _ in widths], "banks_b": [normal(ranks, o) for o in widths]}
     x, base, out = normal(tokens, features), [normal(o, features) for o in widths], normal(tokens, sum(widths))
     crowd(x, base, out, **banks, gates=gates, r=r, **scratch)
 
 
 def a_switch():
-    experts, weights = experts_of(1, 6, 2), torch.rand(1, 2, device="cuda")
+    experts, weights = experts_of(1, 6, 2), torch.rand(1, 2, device=DEVICE)
     for pristine in (True, False):
         segments = [
             Segment(
@@ -75,29 +77,29 @@ def a_switch():
 
 
 def a_route():
-    experts = torch.empty(3, 2, 2, dtype=torch.int32, device="cuda")
-    weights, logits = torch.empty(3, 2, 2, device="cuda"), torch.empty(2, 21, device="cuda")
-    router = torch.randn(21, 63, device="cuda")
-    h0, options = torch.randn(2, 63, device="cuda"), {"num_experts": 7, "scale": 2.0, "logits": logits}
+    experts = torch.empty(3, 2, 2, dtype=torch.int32, device=DEVICE)
+    weights, logits = torch.empty(3, 2, 2, device=DEVICE), torch.empty(2, 21, device=DEVICE)
+    router = torch.randn(21, 63, device=DEVICE)
+    h0, options = torch.randn(2, 63, device=DEVICE), {"num_experts": 7, "scale": 2.0, "logits": logits}
     route(h0, router, experts, weights, **options)
-    inner = {"hidden": torch.randn(9, 63, device="cuda"), "hidden_out": torch.empty(2, 9, device="cuda")}
-    route(h0, torch.randn(21, 9, device="cuda"), experts, weights, **options, **inner)
+    inner = {"hidden": torch.randn(9, 63, device=DEVICE), "hidden_out": torch.empty(2, 9, device=DEVICE)}
+    route(h0, torch.randn(21, 9, device=DEVICE), experts, weights, **options, **inner)
 
 
 def small_kernels(tokens, hidden, heads, kv_heads, dim, length):
     residual, y, weight, out = normal(tokens, hidden), normal(tokens, hidden), normal(hidden), normal(tokens, hidden)
-    ids = torch.randint(0, 9, (tokens,), device="cuda")
+    ids = torch.randint(0, 9, (tokens,), device=DEVICE)
     embed_norm(ids, normal(9, hidden), residual, weight, out, eps=1e-6)
     add_norm(y, residual, weight, out, eps=1e-6, bias=weight)
     swiglu(normal(tokens, 2 * hidden), out, gate_bias=weight, up_bias=weight)
     cache, rotary = normal(2, tokens, kv_heads, length, dim), normal(2, length, dim)
-    positions = torch.randint(0, length, (tokens,), device="cuda")
+    positions = torch.randint(0, length, (tokens,), device=DEVICE)
     given = Heads(*(normal(n * dim) for n in (heads, kv_heads, kv_heads)), normal(dim), normal(dim), 1e-6)
     attended, place = normal(tokens, heads * dim), Room.make(cache, heads)
     qkv = normal(tokens, (heads + 2 * kv_heads) * dim)
     for options in ({}, {"window": 5, "heads": given}):
         attend(qkv, cache, positions, rotary, attended, place, scaling=0.1, **options)
-    pick(normal(tokens, 5001), ids, ids.clone(), room(tokens, 5001, "cuda"), positions=positions, advance=ids, last=9)
+    pick(normal(tokens, 5001), ids, ids.clone(), room(tokens, 5001, DEVICE), positions=positions, advance=ids, last=9)
 
 
 if __name__ == "__main__":
@@ -114,4 +116,5 @@ if __name__ == "__main__":
     a_route()
     small_kernels(2, 63, 6, 2, 8, 90)
     small_kernels(1, 256, 4, 4, 128, 200)
-    torch.cuda.synchronize()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()

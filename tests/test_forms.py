@@ -1,5 +1,8 @@
 """Every form of "fused" over sizes and kinds of routing, from one plan, in memory poisoned with NaN, against float64."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -70,3 +73,8 @@ def test_all_forms_in_the_interpreter(tokens, form, dtype):
     for num_experts, top_k, r in ((6, 2, 4), (8, 1, 16), (16, 8, 1)):
         config = AdaFuseConfig(num_experts=num_experts, top_k=top_k, r=r, shared_rank=3)
         check(form, dtype, kind, tokens, config)
+
+
+@pytest.mark.skipif(ON_GPU, reason="compute-sanitizer runs it on the GPU")
+def test_what_compute_sanitizer_watches_runs():
+    runpy.run_path(str(Path(__file__).with_name("sanitized.py")), run_name="__main__")
