@@ -61,7 +61,7 @@ class Engine:
         max_batch: int = 8,
         *,
         tokenizer=None,
-        prefill_chunk: int = 512,
+        prefill_chunk: int = 2048,
         kernels: bool | None = None,
         graphs: bool | None = None,
     ):
