@@ -45,9 +45,13 @@ from adafuse.engine.backbone import read_backbone
 
 LIMIT = 1.5  # times the error against fp32 that HuggingFace's own forward has in bf16
 MERGED = 2  # the same where experts are rounded into the weights, or the router's weights to bf16
-LONG, SHORT = 128, 24  # new tokens; SHORT where one takes hundreds of milliseconds
+LONG, SHORT, FEW = (
+    128,
+    24,
+    12,
+)  # new tokens; SHORT where the weights are switched, FEW where one takes hundreds of milliseconds
 MERGING = ("merge_per_matrix", "switch_pristine", "switch_in_place")
-WARMUP = 8  # tokens that are not counted
+WARMUP = {LONG: 8, SHORT: 8, FEW: 3}  # tokens that are not counted
 ROWS = (
     "roofline", "host/launch", "hf/eager", "hf/compiled", "engine/backbone", "engine/fused_r64", "engine/fused_r16",
     "engine/switch_pristine", "engine/switch_in_place", "engine/merge_per_matrix", "graphed/layerwise_ours", "published/layerwise",
@@ -63,7 +67,7 @@ class Bench:
         self.context, self.batch, self.device = context, batch, device
         self.only, self.profile, self.compile_mode, self.until = only, profile, compile_mode, until
         self.tiny = device == "cpu"
-        self.new, self.short = (4, 4) if self.tiny else (LONG, SHORT)
+        self.new, self.short, self.few = (4, 4, 4) if self.tiny else (LONG, SHORT, FEW)
         self.base = base_model(model, device)
         self.backbone = read_backbone(self.base)
         shape, generator = SHAPES[model], torch.Generator().manual_seed(0)
@@ -100,7 +104,7 @@ class Bench:
         if self.tiny:
             return [1e3 * (b - a) for a, b in pairwise(stamps)]
         torch.cuda.synchronize()
-        return [a.elapsed_time(b) for a, b in pairwise(stamps)][WARMUP:]
+        return [a.elapsed_time(b) for a, b in pairwise(stamps)][WARMUP.get(count, 0) :]
 
     def _stamp(self):
         if self.tiny:
@@ -281,7 +285,7 @@ class Bench:
         if not rows and not ours:
             return
         model, config = with_baseline(self.base, name, self.tiny)
-        vs, short = ("hf/compiled", "engine/fused_r64"), self.short
+        vs, counts = ("hf/compiled", "engine/fused_r64"), {"published": self.few, "graphed": self.new}
         names = ("num_experts", "top_k", "r", "bottleneck", "lora_r")
         mixture = {key: getattr(config, key) for key in names if hasattr(config, key)}
         model.execution = "published"
@@ -289,7 +293,7 @@ class Bench:
         for how, row_vs in (("published", ("hf/eager", *vs)), ("graphed", vs)):
             if how in rows:
                 run = self._peer(model, how)
-                self.add(f"{how}/{name}", run, count=short, vs=row_vs, exact=exact, **mixture)
+                self.add(f"{how}/{name}", run, count=counts[how], vs=row_vs, exact=exact, **mixture)
                 del run
                 free()
         if ours:
@@ -301,9 +305,9 @@ class Bench:
     def _peer(self, model, how):
         model.execution = how.replace("graphed", "graph")
         if how == "published":
-            return HfRun(model, self.ids, self.short, "eager")
+            return HfRun(model, self.ids, self.new, "eager")
         with parts_compiled(model, backend="eager" if self.tiny else "inductor"):
-            return HfRun(model, self.ids, self.short, "graphed")
+            return HfRun(model, self.ids, self.new, "graphed")
 
     def layerwise_ours(self, model, config, vs, mixture):
         """Its logits are compared where the cache holds no other prompt than these tokens."""
