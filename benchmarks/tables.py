@@ -179,7 +179,7 @@ def accuracy_domains(rows):
 
 
 def routing(rows):
-    """A line a method: how far the domains use the same experts."""
+    """A line a method: how far the domains use the same experts. Then the picture that `study.py heatmap --plot` drew."""
     lines = ["| method | built as | experts in common, two domains, mean | least | most |", "|---|---|---|---|---|"]
     for name, (domains, shares) in shares_of(rows).items():
         common = overlap(shares)
@@ -188,7 +188,7 @@ def routing(rows):
         built_as = next(row["case"]["built_as"] for row in rows if row["name"] == f"routing/{name}")
         ends = " | ".join(f"{pairs[pair]:.2f} ({', '.join(pair)})" for pair in (least, most))
         lines.append(f"| {name} | {built_as} | {statistics.mean(pairs.values()):.2f} | {ends} |")
-    return lines
+    return [*lines, "", "![Share of each expert by domain](routing.png)"]
 
 
 # What the low end of the interval is held to: of the best pre-gate above a method.

@@ -116,9 +116,11 @@ def test_the_whole_study(places, small, tmp_path, capsys):
     assert command("tune", places, folder, "--budget-s", "0") == study.RUNS_LEFT
     assert command("tune", places, folder) == 0
     assert command("search", places, folder) == 0
+    assert command("all", places, folder, "--seeds", "1", "--budget-s", "0") == study.RUNS_LEFT  # tuned already
     assert not list(folder.glob("final-*"))
     assert all(result["score"]["items"] == 24 for result in results_of(folder, "search"))  # validation, not test
     printed = capsys.readouterr().out
+    assert "final: 0 of 4 runs are done" in printed
     assert "best at an end of the rates" in printed
     assert command("final", places, folder, "--seeds", "1", "2") == 0
     chosen = json.loads((folder / "chosen.json").read_text())
@@ -147,7 +149,7 @@ def check_heatmap(rows, plot):
         assert overlap(shares)[0, 1] == pytest.approx(np.mean(by_hand))
         np.testing.assert_allclose(overlap(shares).diagonal(), 1, atol=1e-3)
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert len(TABLES["routing"](rows)) == 2 + 2
+    assert len(TABLES["routing"](rows)) == 2 + 2 + 2
 
 
 def check_report(document):

@@ -109,6 +109,7 @@ def work_through(
             if error is not None:
                 failed += 1
                 print(f"{run.file}: failed\n{''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)
+                traceback.clear_frames(error.__traceback__)  # they hold the run's model, and the next needs its memory
                 continue
             result = future.result()
             longest = max(longest, result["seconds"])

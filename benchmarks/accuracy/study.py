@@ -4,6 +4,7 @@
     python benchmarks/accuracy/study.py tune   --runs DIR --budget-s 500     # learning rates, on validation
     python benchmarks/accuracy/study.py search --runs DIR --budget-s 500     # variants of the pre-gate, on validation
     python benchmarks/accuracy/study.py final  --runs DIR --budget-s 500     # all methods, several seeds, on test
+    python benchmarks/accuracy/study.py all    --runs DIR                    # these three
     python benchmarks/accuracy/study.py report  --runs DIR --out benchmarks/results/h100/accuracy.json
     python benchmarks/accuracy/study.py heatmap --runs DIR --out benchmarks/results/h100/routing.json --plot docs/routing.png
 
@@ -48,11 +49,13 @@ SEEDS = (1, 2, 3, 4, 5)  # not the one that the rates were chosen with
 REFERENCE = "layerwise"
 DATA = Path(__file__).parents[1] / "domains" / "data"
 RUNS_LEFT = 3
+WORK = ("tune", "search", "final")
 PHASES = {
     "items": "tokenise the domains",
     "tune": "train each method at each learning rate, score validation",
     "search": "the same for variants of the pre-gate",
     "final": "fix what validation chose, train from each seed, score test",
+    "all": "tune, search and final, one after the other",
     "report": "final runs to a result file",
     "heatmap": "which experts the tokens of each domain use",
 }
@@ -63,8 +66,8 @@ class Study:
 
     def __init__(self, options):
         self.options, self.items = options, read_items(options.items)
-        gpu = torch.cuda.is_available()
-        self.base, tokenizer = load_base(_base_folder(options.base), dtype="bfloat16" if gpu else "float32")
+        self.gpu = torch.cuda.is_available()
+        self.base, tokenizer = load_base(_base_folder(options.base), dtype="bfloat16" if self.gpu else "float32")
         self.base.requires_grad_(False)
         self.items.check_tokenizer(tokenizer)
         self.pairs, self._evaluations = self.items.train.pairs(right_only=True), {}
@@ -81,6 +84,7 @@ class Study:
 
     def do(self, run: Run) -> dict:
         """Train and score one method from a fresh copy of the base."""
+        self._free()  # what a failed run left
         method = (METHODS | SEARCH)[run.built_as or run.method]
         torch.manual_seed(run.seed)
         model, trained = copy.deepcopy(self.base), None
@@ -93,13 +97,25 @@ class Study:
             "train": trained,
             "score": self._evaluation(run.split).score(model, self.items.names),
             "env": self.environment,
+            **self._memory(),
         }
         if run.phase == "final" and run.seed == self.options.seeds[0] and isinstance(model, AdaFuseModel):
             result["routing"] = expert_shares(model, self._evaluation(run.split))
         del model
-        gc.collect()
-        torch.cuda.empty_cache()
+        self._free()
         return result
+
+    def _free(self):
+        gc.collect()
+        if self.gpu:
+            torch.cuda.empty_cache()
+
+    def _memory(self):
+        if not self.gpu:
+            return {}
+        peak = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+        torch.cuda.reset_peak_memory_stats()
+        return {"memory_gib": peak}
 
     def _settings(self, run, method):
         chosen = {name: getattr(self.options, name) for name in ("epochs", "batch", "schedule")}
@@ -111,13 +127,14 @@ class Study:
         return self._evaluations[split]
 
 
-def runs_of(options) -> list[Run]:
+def runs_of(options, phase) -> list[Run]:
     """The runs of a phase, rates and seeds outside, methods inside: a study that stops early has tried all methods alike."""
-    if options.phase == "tune":
-        return [Run("tune", name, rate, TUNE_SEED, name) for rate in options.rates for name in trained(_known(options))]
-    if options.phase == "search":
+    if phase == "tune":
+        names = trained(_known(options.methods, METHODS))
+        return [Run("tune", name, rate, TUNE_SEED, name) for rate in options.rates for name in names]
+    if phase == "search":
         return [Run("search", name, rate, TUNE_SEED, name) for rate in options.rates for name in SEARCH]
-    methods = _known(options)
+    methods = _known(options.methods, [*METHODS, BEST])
     chosen = choose(options.runs, methods, options.rates)
     still = [name for name in methods if name not in chosen]  # nothing to train: the same from every seed
     return [Run("final", name, 0.0, options.seeds[0], name) for name in still] + [
@@ -127,35 +144,44 @@ def runs_of(options) -> list[Run]:
     ]
 
 
-def _known(options):
-    """The methods asked for; ValueError for one that there is not."""
-    known = [*METHODS, *([BEST] if options.phase == "final" else [])]
-    names = options.methods or known
+def _known(asked, known):
+    """The methods asked for, all if none is; ValueError for one that there is not."""
+    names = asked or list(known)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"unknown method(s) {', '.join(unknown)}; known: {', '.join(known)}")
     return names
 
 
 def work(options) -> int:
-    """Do the runs of a phase, in this process or in `options.workers` others."""
+    """Do the runs of a phase, or of one phase after the other, in this process or in `options.workers` others."""
     started = time.monotonic()
-    runs = runs_of(options)
+    phases = WORK if options.phase == "all" else (options.phase,)
+    runs = runs_of(options, phases[0])
     read_items(options.items)  # with _base_folder: what a user can get wrong is said here, before workers start
     _base_folder(options.base)
-    limits = {"budget_s": options.budget_s, "started": started, "workers": options.workers}
     if options.workers == 1:
-        remaining, failed = work_through(options.runs, runs, Study(options).do, **limits)
-    else:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.workers, spawn, _start_worker, (options,)) as pool:
-            remaining, failed = work_through(options.runs, runs, _do_in_worker, **limits, pool=pool)
-    if options.phase != "final":
-        names = dict.fromkeys(run.method for run in runs)
-        print("\n".join(summary(results_of(options.runs, options.phase), names, options.rates)))
-    if failed:
-        print(f"error: {failed} runs failed, see above; the same command tries them again", file=sys.stderr)
-        return 1
-    return RUNS_LEFT if remaining else 0
+        return _work(options, phases, runs, Study(options).do, started)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, spawn, _start_worker, (options,)) as pool:
+        return _work(options, phases, runs, _do_in_worker, started, pool)
+
+
+def _work(options, phases, runs, do, started, pool=None):
+    for phase in phases:
+        runs = runs if phase == phases[0] else runs_of(options, phase)
+        print(f"{phase}: ", end="")
+        remaining, failed = work_through(
+            options.runs, runs, do, options.budget_s, started=started, workers=options.workers, pool=pool
+        )
+        if phase != "final":
+            names = dict.fromkeys(run.method for run in runs)
+            print("\n".join(summary(results_of(options.runs, phase), names, options.rates)), flush=True)
+        if failed:
+            print(f"error: {failed} runs failed, see above; the same command tries them again", file=sys.stderr)
+            return 1
+        if remaining:
+            return RUNS_LEFT
+    return 0
 
 
 def _start_worker(options):
@@ -204,7 +230,7 @@ def parse(arguments=None):
     for phase, does in PHASES.items():
         command = phases.add_parser(phase, help=does, description=does)
         command.add_argument("--items", default=DATA / "items.safetensors", help="file of the tokenised items")
-        if phase in ("items", "tune", "search", "final"):
+        if phase in ("items", "all", *WORK):
             command.add_argument(
                 "--base",
                 default="smollm2",
@@ -221,7 +247,7 @@ def parse(arguments=None):
             command.add_argument("--reference", default=REFERENCE, help="method that the others are compared with")
         if phase == "heatmap":
             command.add_argument("--plot", help="PNG file to draw; needs matplotlib")
-        if phase in ("tune", "search", "final"):
+        if phase in ("all", *WORK):
             _add_work(command, phase)
     return parser.parse_args(arguments)
 
@@ -235,9 +261,10 @@ def _add_work(command, phase):
     command.add_argument("--epochs", type=int, default=TrainSettings.epochs, help="times that an example is seen")
     command.add_argument("--batch", type=int, default=TrainSettings.batch, help="examples a step")
     command.add_argument("--schedule", choices=SCHEDULES, default=TrainSettings.schedule, help="of the learning rate")
+    command.set_defaults(methods=None)
     if phase in ("tune", "final"):
         command.add_argument("--methods", nargs="+", help=f"default: all ({', '.join(METHODS)})")
-    if phase == "final":
+    if phase in ("final", "all"):
         command.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="training is done once from each")
 
 
