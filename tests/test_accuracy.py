@@ -22,7 +22,7 @@ from accuracy.choose import choose
 from accuracy.evaluate import Evaluation, pack, unpack
 from accuracy.forward import Answers
 from accuracy.graphs import Replayed
-from accuracy.heatmap import overlap, shares_of
+from accuracy.heatmap import draw, overlap, shares_of
 from accuracy.items import SPLITS, make_items, read_items
 from accuracy.report import accuracy_rows
 from accuracy.routing_share import expert_shares
@@ -130,13 +130,12 @@ def test_the_whole_study(places, small, tmp_path, capsys):
     assert "'layerwise'" in capsys.readouterr().err
     assert summed_up("report", folder, "--out", str(out), "--reference", "lora_active") == 0
     check_report(json.loads(out.read_text()))
-    routing, plot = out.with_name("routing.json"), tmp_path / "plots" / "routing.png"
-    pytest.importorskip("matplotlib")
-    assert summed_up("heatmap", folder, "--out", str(routing), "--plot", str(plot)) == 0
-    check_heatmap(json.loads(routing.read_text())["rows"], plot)
+    routing = out.with_name("routing.json")
+    assert summed_up("heatmap", folder, "--out", str(routing)) == 0
+    check_heatmap(json.loads(routing.read_text())["rows"])
 
 
-def check_heatmap(rows, plot):
+def check_heatmap(rows):
     assert {row["name"] for row in rows} == {"routing/pregate_paper", "routing/pregate_best"}
     assert {row["case"]["seed"] for row in rows} == {1}  # one seed is enough for a picture
     assert all(sum(row["shares"]) == pytest.approx(1, abs=1e-3) for row in rows)
@@ -148,7 +147,6 @@ def check_heatmap(rows, plot):
         ]
         assert overlap(shares)[0, 1] == pytest.approx(np.mean(by_hand))
         np.testing.assert_allclose(overlap(shares).diagonal(), 1, atol=1e-3)
-    assert plot.read_bytes().startswith(b"\x89PNG")
     assert len(TABLES["routing"](rows)) == 2 + 2 + 2
 
 
@@ -505,6 +503,23 @@ def test_the_schedule():
     assert replace(settings, schedule="cosine").factor(6, 10) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="learning_rate=0 must be"):
         TrainSettings(learning_rate=0)
+
+
+@pytest.mark.parametrize("decisions", [1, 2, 5])
+def test_the_heat_map_is_drawn(tmp_path, decisions):
+    pytest.importorskip("matplotlib")
+    rows = [
+        {
+            "name": f"routing/{name}",
+            "case": {"domain": domain, "seed": 1, "decision": decision, "built_as": name},
+            "shares": [0.25, 0.75],
+        }
+        for name in ("one", "two")
+        for domain in ("alone", "shared")
+        for decision in range(decisions)
+    ]
+    draw(rows, tmp_path / "new" / "routing.png")
+    assert (tmp_path / "new" / "routing.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_shares_of_experts(tiny, small):

@@ -34,7 +34,7 @@ def draw(rows, path):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("drawing needs matplotlib; run: pip install matplotlib") from None
+        raise ImportError("drawing needs matplotlib; run: pip install 'adafuse[plots]'") from None
     methods = shares_of(rows)
     figure = Figure(figsize=(14, 3.4 * len(methods)), layout="constrained")
     panels = figure.subplots(len(methods), DECISIONS_SHOWN + 1, squeeze=False)
