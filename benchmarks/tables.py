@@ -12,10 +12,13 @@ import statistics
 import sys
 from pathlib import Path
 
+from accuracy.heatmap import overlap, shares_of
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     ROOT / "README.md",
+    ROOT / "docs" / "accuracy.md",
     ROOT / "docs" / "evaluation.md",
     ROOT / "docs" / "kernels.md",
     ROOT / "docs" / "latency.md",
@@ -287,6 +290,19 @@ def accuracy_domains(rows):
     return lines
 
 
+def routing(rows):
+    """A line a method: how far the domains use the same experts. Then the picture that `study.py heatmap --plot` drew."""
+    lines = ["| method | built as | experts in common, two domains, mean | least | most |", "|---|---|---|---|---|"]
+    for name, (domains, shares) in shares_of(rows).items():
+        common = overlap(shares)
+        pairs = {(a, b): common[i, j] for i, a in enumerate(domains) for j, b in enumerate(domains) if i < j}
+        least, most = min(pairs, key=pairs.get), max(pairs, key=pairs.get)
+        built_as = next(row["case"]["built_as"] for row in rows if row["name"] == f"routing/{name}")
+        ends = " | ".join(f"{pairs[pair]:.2f} ({', '.join(pair)})" for pair in (least, most))
+        lines.append(f"| {name} | {built_as} | {statistics.mean(pairs.values()):.2f} | {ends} |")
+    return [*lines, "", "![Share of each expert by domain](routing.png)"]
+
+
 # What the low end of the interval is held to: of the best pre-gate above a method.
 ACCURACY_TARGETS = {
     "layerwise": -0.5,
@@ -333,7 +349,9 @@ TABLES = {
     "domains": domains,
     "accuracy": accuracy,
     "accuracy.domains": accuracy_domains,
+    "routing": routing,
 }
+NOT_MEASURED = "*Not measured yet.*"  # in place of a table without results
 
 
 def fill(document):
@@ -342,6 +360,8 @@ def fill(document):
     def table(match):
         start, name, folder, end = match.groups()
         path = RESULTS / folder / f"{name.partition('.')[0]}.json"
+        if not path.is_file():
+            return start + NOT_MEASURED + "\n" + end
         result = json.loads(path.read_text())
         return (
             start + "\n".join([*TABLES[name](result["rows"]), "", _source(result["env"], path, document)]) + "\n" + end

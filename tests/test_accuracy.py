@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from accuracy.choose import choose
 from accuracy.evaluate import Evaluation, pack, unpack
 from accuracy.forward import Answers
 from accuracy.graphs import Replayed
-from accuracy.items import SPLITS, load_items
+from accuracy.heatmap import draw, overlap, shares_of
+from accuracy.items import SPLITS, make_items, read_items
 from accuracy.report import accuracy_rows
 from accuracy.routing_share import expert_shares
 from accuracy.runs import Run, check_study, results_of, work_through, write_json
@@ -69,7 +71,7 @@ def places(tmp_path_factory):
 def tiny(places, tmp_path):
     """(base, tokenizer, items)."""
     base, tokenizer = load_base(places[1], dtype="float32", device="cpu")
-    return base, tokenizer, load_items(places[0], tokenizer, tmp_path / "items.safetensors")
+    return base, tokenizer, make_items(places[0], tokenizer, tmp_path / "items.safetensors")
 
 
 @pytest.fixture
@@ -90,32 +92,62 @@ def small(monkeypatch):
 
 
 def command(phase, places, folder, *more):
-    where = ["--data", str(places[0]), "--base", str(places[1]), "--runs", str(folder)]
+    where = ["--items", str(folder.parent / "items.safetensors"), "--base", str(places[1]), "--runs", str(folder)]
     return study.main([phase, *where, "--epochs", "1", "--batch", "8", "--rates", *RATES, *more])
+
+
+def tokenise(places, folder):
+    where = ["--items", str(folder.parent / "items.safetensors"), "--base", str(places[1])]
+    assert study.main(["items", "--data", str(places[0]), *where]) == 0
+
+
+def summed_up(phase, folder, *more):
+    where = ["--items", str(folder.parent / "items.safetensors"), "--runs", str(folder)]
+    return study.main([phase, *where, *more])
 
 
 def test_the_whole_study(places, small, tmp_path, capsys):
     folder, out = tmp_path / "runs", tmp_path / "out" / "accuracy.json"
+    assert command("tune", places, folder) == 1
+    assert "study.py items" in capsys.readouterr().err
+    tokenise(places, folder)
     assert command("final", places, folder) == 1  # nothing was tuned
     assert "finish `tune`" in capsys.readouterr().err
     assert command("tune", places, folder, "--budget-s", "0") == study.RUNS_LEFT
     assert command("tune", places, folder) == 0
     assert command("search", places, folder) == 0
+    assert command("all", places, folder, "--seeds", "1", "--budget-s", "0") == study.RUNS_LEFT  # tuned already
     assert not list(folder.glob("final-*"))
     assert all(result["score"]["items"] == 24 for result in results_of(folder, "search"))  # validation, not test
     printed = capsys.readouterr().out
+    assert "final: 0 of 4 runs are done" in printed
     assert "best at an end of the rates" in printed
     assert command("final", places, folder, "--seeds", "1", "2") == 0
     chosen = json.loads((folder / "chosen.json").read_text())
     assert chosen["pregate_best"]["built_as"] in methods.SEARCH
-    assert study.main(["report", "--runs", str(folder), "--out", str(out)]) == 1  # no layer-wise method among these
+    assert {path.suffix for path in folder.iterdir()} == {".json"}  # all of it can be committed
+    assert summed_up("report", folder, "--out", str(out)) == 1  # no layer-wise method among these
     assert "'layerwise'" in capsys.readouterr().err
-    assert study.main(["report", "--runs", str(folder), "--out", str(out), "--reference", "lora_active"]) == 0
+    assert summed_up("report", folder, "--out", str(out), "--reference", "lora_active") == 0
     check_report(json.loads(out.read_text()))
-    assert study.main(["heatmap", "--runs", str(folder), "--out", str(out.with_name("routing.json"))]) == 0
-    shares = json.loads(out.with_name("routing.json").read_text())["rows"]
-    assert {row["name"] for row in shares} == {"routing/pregate_paper", "routing/pregate_best"}
-    assert all(sum(row["shares"]) == pytest.approx(1, abs=1e-3) for row in shares)
+    routing = out.with_name("routing.json")
+    assert summed_up("heatmap", folder, "--out", str(routing)) == 0
+    check_heatmap(json.loads(routing.read_text())["rows"])
+
+
+def check_heatmap(rows):
+    assert {row["name"] for row in rows} == {"routing/pregate_paper", "routing/pregate_best"}
+    assert {row["case"]["seed"] for row in rows} == {1}  # one seed is enough for a picture
+    assert all(sum(row["shares"]) == pytest.approx(1, abs=1e-3) for row in rows)
+    for domains, shares in shares_of(rows).values():
+        assert domains == ["alone", "shared"]
+        assert shares.shape[::2] == (2, 4)
+        by_hand = [
+            sum(min(a, b) for a, b in zip(shares[0, d], shares[1, d], strict=True)) for d in range(shares.shape[1])
+        ]
+        assert overlap(shares)[0, 1] == pytest.approx(np.mean(by_hand))
+        np.testing.assert_allclose(overlap(shares).diagonal(), 1, atol=1e-3)
+    assert len(TABLES["routing"](rows)) == 2 + 2 + 2
 
 
 def check_report(document):
@@ -161,9 +193,23 @@ def test_a_killed_study_goes_on(tmp_path):
         work_through(tmp_path, runs, killed)
     assert [path.name for path in tmp_path.iterdir()] == [runs[0].file]
     done = []
-    assert work_through(tmp_path, runs, lambda run: done.append(run) or fake(run)) == 0
+    assert work_through(tmp_path, runs, lambda run: done.append(run) or fake(run)) == (0, 0)
     assert done == runs[1:]
-    assert work_through(tmp_path, runs, killed) == 0  # nothing is left to do
+    assert work_through(tmp_path, runs, killed) == (0, 0)  # nothing is left to do
+
+
+def test_a_failed_run_does_not_stop_the_others(tmp_path, capsys):
+    runs = [Run("tune", "m", rate, 0, "m") for rate in (0.1, 0.2, 0.3)]
+
+    def broken(run):
+        if run is runs[1]:
+            raise RuntimeError("out of memory")
+        return fake(run)
+
+    assert work_through(tmp_path, runs, broken) == (1, 1)
+    assert "RuntimeError: out of memory" in capsys.readouterr().err
+    assert work_through(tmp_path, runs, fake) == (0, 0)  # tried again
+    assert len(results_of(tmp_path, "tune")) == 3
 
 
 def test_a_budget_stops_before_a_run_that_would_not_fit(tmp_path):
@@ -173,11 +219,49 @@ def test_a_budget_stops_before_a_run_that_would_not_fit(tmp_path):
         now[0] += 10
         return fake(run)
 
-    assert work_through(tmp_path, runs, ten_seconds, 25, clock=lambda: now[0]) == 2
+    assert work_through(tmp_path, runs, ten_seconds, 25, clock=lambda: now[0]) == (2, 0)
     now[0] = 0.0
-    assert work_through(tmp_path, runs, ten_seconds, 9, clock=lambda: now[0]) == 2  # runs of before took 10 s
-    assert work_through(tmp_path, runs, ten_seconds, 15, clock=lambda: now[0]) == 1
+    assert work_through(tmp_path, runs, ten_seconds, 9, clock=lambda: now[0]) == (2, 0)  # runs of before took 10 s
+    assert work_through(tmp_path, runs, ten_seconds, 15, clock=lambda: now[0]) == (1, 0)
     assert json.loads((tmp_path / runs[0].file).read_text())["seconds"] == 10
+
+
+def test_two_at_a_time_keep_to_the_budget(tmp_path):
+    """Runs of one clock tick each, begun in pairs; the third pair would end too late."""
+    runs, now, begun = [Run("tune", "m", rate, 0, "m") for rate in range(1, 7)], [0], []
+
+    class Pair(Executor):
+        """Does what was submitted once there are two of them: nothing before."""
+
+        waiting = ()
+
+        def submit(self, function, *arguments):
+            future = Future()
+            self.waiting = (*self.waiting, (future, function, arguments))
+            begun.append(now[0])
+            if len(self.waiting) == 2:
+                now[0] += 10
+                for each, does, given in self.waiting:
+                    each.set_result({**does(*given), "seconds": 10})
+                self.waiting = ()
+            return future
+
+    done = work_through(tmp_path, runs, fake, 25, clock=lambda: now[0], workers=2, pool=Pair())
+    assert done == (2, 0)
+    assert begun == [0, 0, 10, 10]
+    assert len(results_of(tmp_path, "tune")) == 4
+
+
+@pytest.mark.timeout(300)
+def test_workers_do_what_one_process_does(places, tmp_path):
+    """Two processes against one: the same scores, run by run."""
+    tokenise(places, tmp_path / "one")
+    chosen = ["--methods", "lora_active", "pregate_paper"]
+    assert command("tune", places, tmp_path / "one", *chosen) == 0
+    assert command("tune", places, tmp_path / "two", *chosen, "--workers", "2") == 0
+    one, two = (results_of(tmp_path / name, "tune") for name in ("one", "two"))
+    assert len(one) == len(two) == 4
+    assert [result["score"] for result in one] == [result["score"] for result in two]
 
 
 def test_a_folder_holds_one_study(tmp_path):
@@ -222,15 +306,19 @@ def as_lists(pairs):
     return [(prompt.tolist(), answer.tolist()) for prompt, answer in pairs]
 
 
-def test_items_are_kept_and_made_anew(tiny, places, tmp_path):
+def test_items_are_kept(tiny, places, tmp_path):
     _, tokenizer, items = tiny
-    again = load_items(places[0], tokenizer, tmp_path / "items.safetensors")
+    again = read_items(tmp_path / "items.safetensors")
+    assert again.source == items.source
+    again.check_tokenizer(tokenizer)
+    with pytest.raises(ValueError, match="tokenised for another base"):
+        replace(again, vocabulary="0").check_tokenizer(tokenizer)
     assert again.test.order_hash() == items.test.order_hash() != items.validation.order_hash()
     assert np.array_equal(again.train.clusters, items.train.clusters)
     _, counts = np.unique(items.train.clusters, return_counts=True)
     assert sorted(counts) == [2] * 12 + [4] * 6  # pairs of a key where choices differ, fours where they are shared
     with pytest.raises(ValueError, match="has no domain"):
-        load_items(tmp_path, tokenizer, tmp_path / "other")
+        make_items(tmp_path, tokenizer, tmp_path / "other")
 
 
 def test_no_mask_is_needed(tiny):
@@ -363,9 +451,15 @@ def plain_loop(model, pairs, settings):
     return losses
 
 
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["pregate_paper", "lora_active"])
-def test_graphs_replay_what_eager_steps_do(tiny, places, small, monkeypatch, name):
+@pytest.mark.parametrize("name", [name for name, method in (methods.METHODS | methods.SEARCH).items() if method.build])
+def test_graphs_replay_what_eager_steps_do(tiny, places, monkeypatch, name):
     """Losses of steps replayed from graphs of two shapes in turn, and the scores after, against the same steps without graphs."""
     base, _ = load_base(places[1], dtype="bfloat16", device="cuda")
     items, pairs = tiny[2], tiny[2].train.pairs(right_only=True)
@@ -377,7 +471,8 @@ def test_graphs_replay_what_eager_steps_do(tiny, places, small, monkeypatch, nam
                 module, "Replayed", lambda function, _, *more, device=device: Replayed(function, device, *more)
             )
         torch.manual_seed(0)
-        model = methods.METHODS[name].build(load(base).to("cuda", torch.bfloat16))
+        model = (methods.METHODS | methods.SEARCH)[name].build(load(base).to("cuda", torch.bfloat16))
+        without_dropout(model)  # its draws differ: a replay advances the generator otherwise than the calls do
         result = train(model, pairs, settings)
         assert len(result["shapes"]) == 2
         score = Evaluation(items.test, "cuda").score(model, items.names)
@@ -410,6 +505,23 @@ def test_the_schedule():
         TrainSettings(learning_rate=0)
 
 
+@pytest.mark.parametrize("decisions", [1, 2, 5])
+def test_the_heat_map_is_drawn(tmp_path, decisions):
+    pytest.importorskip("matplotlib")
+    rows = [
+        {
+            "name": f"routing/{name}",
+            "case": {"domain": domain, "seed": 1, "decision": decision, "built_as": name},
+            "shares": [0.25, 0.75],
+        }
+        for name in ("one", "two")
+        for domain in ("alone", "shared")
+        for decision in range(decisions)
+    ]
+    draw(rows, tmp_path / "new" / "routing.png")
+    assert (tmp_path / "new" / "routing.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_shares_of_experts(tiny, small):
     """Against the library's statistics of one domain, item by item."""
     base, _, items = tiny
@@ -420,7 +532,7 @@ def test_shares_of_experts(tiny, small):
         ids = [np.concatenate([items.test.prompt(i), items.test.choice(i, items.test.answers[i])])[:-1] for i in chosen]
         experts = torch.cat([model.route(torch.tensor(row, dtype=torch.long)[None]).experts for row in ids], dim=1)
         load = summarise(Routing(experts, torch.ones(experts.shape)), 4)["load"]
-        torch.testing.assert_close(shares[domain].double(), load, atol=1e-5, rtol=0)
+        torch.testing.assert_close(shares[domain].double(), load, atol=1e-4, rtol=0)
 
 
 def test_accounts(places):

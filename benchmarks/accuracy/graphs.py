@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-WARMUPS = 2  # calls before a capture: libraries choose their kernels and optimisers make their state in them
+WARMUPS = 2  # calls before the first capture (one before later ones): libraries choose kernels and optimisers make their state in them
 
 
 class Replayed:
@@ -32,7 +32,7 @@ class Replayed:
             inputs = batch.map(torch.clone)
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                for _ in range(WARMUPS):
+                for _ in range(WARMUPS if not self._graphs else 1):
                     self._before_capture()
                     self._function(inputs)
                 self._before_capture()

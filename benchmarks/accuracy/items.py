@@ -1,5 +1,7 @@
 """Multiple-choice items of all domains as token ids, tokenised once and kept in a file. Knows nothing of batches or models.
 
+The file holds all that a study needs of the domains, and like them it stays out of git: some come from dictionaries under the GPL.
+
 Training and evaluation share the format of `adafuse eval`: the ids of the prompt (`adafuse.data.prompt_ids`), then those of one choice,
 tokenised apart; no end-of-text token, in either.
 """
@@ -66,27 +68,36 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """All splits of all domains. names: the domains, sorted. source: hash of the files and the tokenizer they were made from."""
+    """All splits of all domains. names: the domains, sorted. vocabulary: hash of the tokenizer's."""
 
     names: tuple[str, ...]
     train: Split
     validation: Split
     test: Split
-    source: str
+    vocabulary: str
+
+    @property
+    def source(self) -> str:
+        """Names the items: studies with the same train on the same and are scored on the same."""
+        hashes = [getattr(self, split).order_hash() for split in SPLITS]
+        return hashlib.sha256(" ".join([*self.names, *hashes]).encode()).hexdigest()[:16]
+
+    def check_tokenizer(self, tokenizer):
+        """ValueError if the ids are not of this tokenizer."""
+        if _vocabulary(tokenizer) != self.vocabulary:
+            raise ValueError("the items were tokenised for another base; make them anew with `items --base`")
 
 
-def load_items(data, tokenizer, cache) -> Items:
-    """The items of the folders data/<domain>/{train,validation,test}.jsonl, from the file `cache` if it was made from the same.
+def make_items(data, tokenizer, path) -> Items:
+    """The items of the folders data/<domain>/{train,validation,test}.jsonl, also written to the file `path`.
 
     Raises ValueError for a folder without domains, a domain without one of its files, an item without four choices or without a key.
     """
     names = _domains(data)
-    source = _source(data, names, tokenizer)
-    if Path(cache).is_file() and (found := read_items(cache)).source == source:
-        return found
     parts = {split: [_read_file(Path(data) / name / f"{split}.jsonl") for name in names] for split in SPLITS}
-    items = Items(names, **{split: _encode(part, tokenizer) for split, part in parts.items()}, source=source)
-    _write(cache, items)
+    splits = {split: _encode(part, tokenizer) for split, part in parts.items()}
+    items = Items(names, **splits, vocabulary=_vocabulary(tokenizer))
+    _write(path, items)
     return items
 
 
@@ -103,13 +114,8 @@ def _domains(data):
     return names
 
 
-def _source(data, names, tokenizer):
-    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    for name in names:
-        for split in SPLITS:
-            digest.update(f"{name}/{split}".encode())
-            digest.update((Path(data) / name / f"{split}.jsonl").read_bytes())
-    return digest.hexdigest()[:16]
+def _vocabulary(tokenizer):
+    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _read_file(path):
@@ -169,17 +175,17 @@ def _write(path, items):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, draft, metadata={"names": json.dumps(items.names), "source": items.source})
+    save_file(tensors, draft, metadata={"names": json.dumps(items.names), "vocabulary": items.vocabulary})
     draft.replace(path)
 
 
 def read_items(path) -> Items:
-    """The items that `load_items` kept in a file. ValueError if there is none."""
+    """The items that `make_items` wrote. ValueError if there is no such file."""
     if not Path(path).is_file():
-        raise ValueError(f"{path} is missing: the folder has no study, or its items were removed")
+        raise ValueError(f"{path} is missing; make it with `python benchmarks/accuracy/study.py items`")
     with safe_open(path, framework="numpy") as file:
         splits = {
             split: Split(**{field.name: file.get_tensor(f"{split}.{field.name}") for field in fields(Split)})
             for split in SPLITS
         }
-        return Items(tuple(json.loads(file.metadata()["names"])), **splits, source=file.metadata()["source"])
+        return Items(tuple(json.loads(file.metadata()["names"])), **splits, vocabulary=file.metadata()["vocabulary"])

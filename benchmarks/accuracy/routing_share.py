@@ -22,7 +22,7 @@ def expert_shares(model, evaluation) -> list:
             if right.any():
                 counts = counts + _count(model, bucket.batches[i], right, split.domains[items], experts, split)
     shares = counts / counts.sum(-1, keepdim=True)
-    return [[[round(share, 5) for share in row] for row in domain] for domain in shares.tolist()]
+    return [[[round(share, 4) for share in row] for row in domain] for domain in shares.tolist()]
 
 
 def _count(model, batch, right, domains, experts, split):

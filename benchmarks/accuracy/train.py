@@ -15,7 +15,7 @@ from accuracy.forward import Answers
 from accuracy.graphs import Replayed
 
 SCHEDULES = ("linear", "cosine")
-WIDTH_SHARES = (0.85, 1.0)  # few widths, so that a batch is a mixture of nearly all domains
+WIDTH_SHARES = (0.5, 0.9, 1.0)  # few widths, so that a batch is a mixture of several domains
 TAIL = 0.1  # share of the steps whose mean is called the final loss
 
 
@@ -29,7 +29,7 @@ class TrainSettings:
     learning_rate: float = 1e-3
     router_lr_ratio: float = 1.0
     epochs: int = 2
-    batch: int = 64
+    batch: int = 128
     warmup: float = 0.05
     schedule: str = "linear"
     clip: float = 1.0
