@@ -7,7 +7,7 @@ round is a sample; the models take turns in every round, so that a drift of the 
 
     vllm serve BASE --served-model-name plain --port 8001
     adafuse serve --adapter adapter --name tuned --port 8000
-    python benchmarks/serve.py --models plain@http://127.0.0.1:8001 tuned --in-flight 1 8 32 --out serve.json
+    adafuse bench serve --models plain@http://127.0.0.1:8001 tuned --in-flight 1 8 32 --out serve.json
 
 The bare base of an adapted server is no measure of what an adapter costs: its tokens pass the same kernels, with weight 0.
 """
@@ -25,15 +25,8 @@ from dataclasses import dataclass, field
 import record
 
 URL = "http://127.0.0.1:8000"
-# name of a row -> unit
-METRICS = {
-    "throughput": "tokens/s",
-    "ttft_p50": "ms",
-    "ttft_p99": "ms",
-    "inter_token_p50": "ms",
-    "inter_token_p99": "ms",
-    "errors": "",
-}
+# Part of a row's name -> unit. ttft: median time to the first token; itl: inter-token latency.
+METRICS = {"throughput": "tokens/s", "ttft": "ms", "ttft_p99": "ms", "itl_p50": "ms", "itl_p99": "ms", "errors": ""}
 
 
 @dataclass
@@ -52,10 +45,10 @@ class Load:
         """The values of METRICS."""
         return {
             "throughput": self.tokens / self.seconds,
-            "ttft_p50": 1e3 * percentile(self.ttft, 50),
+            "ttft": 1e3 * percentile(self.ttft, 50),
             "ttft_p99": 1e3 * percentile(self.ttft, 99),
-            "inter_token_p50": 1e3 * percentile(self.gaps, 50),
-            "inter_token_p99": 1e3 * percentile(self.gaps, 99),
+            "itl_p50": 1e3 * percentile(self.gaps, 50),
+            "itl_p99": 1e3 * percentile(self.gaps, 99),
             "errors": float(len(self.errors)),
         }
 
@@ -129,8 +122,26 @@ async def _one(session, url, body, load):
     load.tokens += tokens
 
 
-def measure(options) -> list[dict]:
-    """A row for each model, number in flight and metric. The first model is what the others are compared with."""
+def parse_model(text) -> tuple[str, list[str], str]:
+    """(the name in the rows, the models that requests ask for in turn, URL or "") of LABEL=NAME,NAME@URL."""
+    models, _, url = text.partition("@")
+    label, given, names = models.partition("=")
+    return label, names.split(",") if given else [label], url
+
+
+def bound(options, in_flight) -> float | None:
+    """Throughput with experts over that of the backbone alone, if a step of `in_flight` tokens took the time of its bytes: those of the
+    backbone / (those and the experts' that the tokens choose, each expert as likely)."""
+    if not options.bound:
+        return None
+    backbone, expert, experts, top_k = (options.bound[key] for key in ("backbone", "expert", "experts", "top_k"))
+    distinct = experts * (1 - (1 - top_k / experts) ** in_flight)
+    return backbone / (backbone + distinct * expert)
+
+
+def measure(options):
+    """Write a row for each model, number in flight and metric; after each number, should the machine be taken away. The first model is
+    what the others are compared with."""
     found = {}
     for in_flight in options.in_flight:
         count = max(in_flight, min(options.requests, options.requests_each * in_flight))
@@ -144,35 +155,42 @@ def measure(options) -> list[dict]:
                 seed=1000 * in_flight + turn,
             )
             for model in options.models:
-                name, _, url = model.partition("@")
-                asked = [{**body, "model": name} for body in bodies]
+                name, asked_for, url = parse_model(model)
+                asked = [{**body, "model": asked_for[i % len(asked_for)]} for i, body in enumerate(bodies)]
                 load = asyncio.run(run(url or options.url, asked, in_flight=in_flight))
                 for error in load.errors[:3]:
                     print(f"{model}: {error}")
                 if turn:
                     found.setdefault((name, in_flight), []).append(load.metrics())
-    return [row for key in found for row in _rows(found, key, options)]
+        record.write(options.out, [row for key in found for row in _rows(found, key, options)])
 
 
 def _rows(found, key, options):
     name, in_flight = key
     sizes = {"in_flight": in_flight, "prompt_tokens": options.prompt_tokens, "max_tokens": options.max_tokens}
     case = {**sizes, "domain": "random", **options.case}
-    first = options.models[0].partition("@")[0]
+    first = parse_model(options.models[0])[0]
     for metric, unit in METRICS.items():
         mine, firsts = ([values[metric] for values in found[each, in_flight]] for each in (name, first))
         # No ratio of errors, of which there should be none.
         against = (
-            None if name == first or metric == "errors" else record.row(f"serve/{metric}/{first}", case, firsts, unit)
+            None
+            if name == first or metric == "errors"
+            else record.row(f"{options.prefix}{metric}/{first}", case, firsts, unit)
         )
-        yield record.row(f"serve/{metric}/{name}", case, mine, unit, vs=against)
+        row = record.row(f"{options.prefix}{metric}/{name}", case, mine, unit, vs=against)
+        least = bound(options, in_flight) if metric == "throughput" and against else None
+        yield row if least is None else {**row, "bound": least}
 
 
 def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default=URL)
     parser.add_argument(
-        "--models", nargs="+", required=True, help="NAME or NAME@URL of a server's model; the first is compared with"
+        "--models",
+        nargs="+",
+        required=True,
+        help="NAME or NAME@URL of a server's model, or LABEL=NAME,NAME@URL: requests ask for these in turn; the first is compared with",
     )
     parser.add_argument("--in-flight", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=256, help="at most so many requests a round")
@@ -184,6 +202,13 @@ def parse(arguments=None):
     parser.add_argument(
         "--case", type=json.loads, default={}, help='JSON that goes into each case: {"model": "llama-2-7b", "r": 16}'
     )
+    parser.add_argument(
+        "--bound",
+        type=json.loads,
+        default={},
+        help='JSON: bytes that a step reads, {"backbone": 1.5e10, "expert": 8.4e7, "experts": 8, "top_k": 2}',
+    )
+    parser.add_argument("--prefix", default="", help="in front of the rows' names: tp2/")
     parser.add_argument("--out", required=True)
     return parser.parse_args(arguments)
 
@@ -192,7 +217,7 @@ def main(arguments=None):
     options = parse(arguments)
     if options.rounds < 2:
         raise SystemExit("--rounds must be 2 or more: a row needs a median and percentiles")
-    record.write(options.out, measure(options))
+    measure(options)
 
 
 if __name__ == "__main__":

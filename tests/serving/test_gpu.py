@@ -23,7 +23,8 @@ def test_no_further_from_fp32_than_huggingface_in_bf16(eager, settings, tmp_path
         "dtype": "bfloat16",
         "enforce_eager": eager,
         "logits_processors": [REQUESTS],
-        "gpu_memory_utilization": 0.3,
+        "gpu_memory_utilization": 0.05,  # of a GPU that other tests use at the same time
+        "kv_cache_memory_bytes": 1 << 28,  # else measured, which fails while they give memory back
     }
     with engine(base, adapter, **options) as llm:
         rounds = [texts(llm, prompts[:2], bare=bare), texts(llm, prompts, bare=bare)]  # 2 tokens a step, and 24
