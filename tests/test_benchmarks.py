@@ -90,3 +90,15 @@ def test_the_chart_of_a_token_shows_what_was_measured(tmp_path):
         assert min(parts.values()) >= 0
     charts.latency(rows, tmp_path / "latency.svg")
     assert (tmp_path / "latency.svg").stat().st_size > 10_000
+
+
+def test_the_bound_of_a_served_step_is_that_of_its_bytes():
+    import serve
+
+    options = serve.parse(
+        ["--models", "plain", "--out", "x", "--bound", '{"backbone": 100, "expert": 5, "experts": 8, "top_k": 2}']
+    )
+    assert serve.bound(options, 1) == pytest.approx(100 / 110)  # the two experts of the one token
+    assert serve.bound(options, 1000) == pytest.approx(100 / 140)  # all of them
+    assert serve.parse_model("multilora=l0,l1@http://h:1") == ("multilora", ["l0", "l1"], "http://h:1")
+    assert serve.parse_model("tuned") == ("tuned", ["tuned"], "")
