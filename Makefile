@@ -21,7 +21,7 @@ test: $(VENV)/.dev  ## Lint, import contract, tests.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(IN_BACKGROUND) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2; passed=$$?; wait; exit $$passed
+	$(IN_BACKGROUND) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal; passed=$$?; wait; exit $$passed
 	@$(MAKE) --no-print-directory test-serving
 
 ifeq ($(shell test "$$(uname -s)" = Linux && $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))'),True)
