@@ -40,18 +40,21 @@ def run(*commands, before=""):
 
 @pytest.fixture(scope="module")
 def right(tmp_path_factory):
-    """(the process, the rows of decode, the rows of executions). Both in one process: to start it, and to compile in it, takes most of its
+    """(the process, what decode wrote, what executions wrote). Both in one process: to start it, and to compile in it, takes most of its
     time."""
     out = [tmp_path_factory.mktemp("benchmarks") / f"{script}.json" for script in ("decode", "executions")]
     decode = ["decode", "--tiny", "--out", str(out[0]), "--only", *ROWS, "graphed/layerwise_ours"]
-    found = run(decode, ["executions", "--tiny", "--out", str(out[1])])
-    return found, *(json.loads(path.read_text())["rows"] if path.exists() else None for path in out)
+    return run(decode, ["executions", "--tiny", "--out", str(out[1])]), *out
+
+
+def rows_of(found, path):
+    assert found.returncode == 0, found.stderr[-3000:]
+    return json.loads(path.read_text())["rows"]
 
 
 def test_every_contestant_runs_and_is_right(right):
-    found, decoded, _ = right
-    assert decoded is not None, found.stderr[-3000:]
-    rows = {row["name"]: row for row in decoded}
+    found, path, _ = right
+    rows = {row["name"]: row for row in rows_of(found, path)}
     methods = [f"published/{name}" for name in ("layerwise", "mola", "pesc")]
     assert rows.keys() >= {*ROWS, *methods} - {"published/*"}
     for name in ("engine/backbone", "engine/fused_r16", "graphed/mola", *MERGED):
@@ -59,11 +62,12 @@ def test_every_contestant_runs_and_is_right(right):
     assert rows["engine/backbone"]["vs"] == "hf/compiled"
     assert rows["engine/switch_pristine_text"]["case"]["changes"] > 0
     assert rows["engine/fused_r16"]["vs"] == "engine/backbone"
-    assert found.returncode == 0, found.stderr[-3000:]
 
 
 def test_layerwise_routing_on_our_kernels_is_that_of_the_peers(right):
-    assert "graphed/layerwise_ours: relative error" in right[0].stdout, right[0].stderr[-3000:]
+    found, path, _ = right
+    assert rows_of(found, path)
+    assert "graphed/layerwise_ours: relative error" in found.stdout
 
 
 def test_a_contestant_that_is_wrong_gets_no_row(tmp_path):
@@ -88,9 +92,8 @@ def test_a_row_that_is_none_is_refused(monkeypatch, capsys):
 
 
 def test_both_executions_of_a_forward_are_timed(right):
-    found, _, rows = right
-    assert rows is not None, found.stderr[-3000:]
-    names = [row["name"] for row in rows]
+    found, _, path = right
+    names = [row["name"] for row in rows_of(found, path)]
     assert {name: names.count(name) for name in names} == {
         "forward/backbone": 2,
         "forward/reference": 4,
