@@ -21,10 +21,13 @@ test: $(VENV)/.dev  ## Lint, import contract, tests.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(IN_BACKGROUND) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal; passed=$$?; wait; exit $$passed
 	@$(MAKE) --no-print-directory test-serving
 
 ifeq ($(shell test "$$(uname -s)" = Linux && $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))'),True)
+# vLLM is downloaded and unpacked while the tests compute, in silence: if that fails, test-serving tries again and says why.
+IN_BACKGROUND = $(MAKE) --silent $(VLLM)/.dev >/dev/null 2>&1 &
+
 test-serving: $(VLLM)/.dev  ## Tests of the vLLM plugin, on vLLM's CPU build.
 	$(VLLM)/bin/python -m pytest tests/serving -n 2 --dist loadfile
 else

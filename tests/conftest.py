@@ -6,6 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import interpreter
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault(
         "TRITON_INTERPRET", "1"
     )  # kernels run in Triton's interpreter; it is asked when they are defined
+    interpreter.make_fast()
 
 
 def pytest_collection_modifyitems(items):

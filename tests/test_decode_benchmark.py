@@ -28,21 +28,33 @@ ROWS = [
 ]
 
 
-def run(*arguments, code):
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, 'benchmarks'); {code}", *arguments]
+def run(*commands, before=""):
+    """Benchmarks (script, arguments) one after another in a process of their own. before: code that it runs first."""
+    code = "import sys; sys.path[:0] = ['benchmarks', 'tests']; import interpreter; interpreter.make_fast()\n" + before
+    for script, *arguments in commands:
+        code += f"\nimport {script}; sys.argv = {[script, *arguments]}; {script}.main()"
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False)
 
 
-def decode(*arguments, code="import decode; decode.main()"):
-    return run(*arguments, code=code)
+@pytest.fixture(scope="module")
+def right(tmp_path_factory):
+    """(the process, what decode wrote, what executions wrote). Both in one process: to start it, and to compile in it, takes most of its
+    time."""
+    out = [tmp_path_factory.mktemp("benchmarks") / f"{script}.json" for script in ("decode", "executions")]
+    decode = ["decode", "--tiny", "--out", str(out[0]), "--only", *ROWS, "graphed/layerwise_ours"]
+    return run(decode, ["executions", "--tiny", "--out", str(out[1])]), *out
 
 
-def test_every_contestant_runs_and_is_right(tmp_path):
-    out = tmp_path / "decode.json"
-    found = decode("--tiny", "--out", str(out), "--only", *ROWS)
+def rows_of(found, path):
     assert found.returncode == 0, found.stderr[-3000:]
-    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    return json.loads(path.read_text())["rows"]
+
+
+def test_every_contestant_runs_and_is_right(right):
+    found, path, _ = right
+    rows = {row["name"]: row for row in rows_of(found, path)}
     methods = [f"published/{name}" for name in ("layerwise", "mola", "pesc")]
     assert rows.keys() >= {*ROWS, *methods} - {"published/*"}
     for name in ("engine/backbone", "engine/fused_r16", "graphed/mola", *MERGED):
@@ -52,33 +64,36 @@ def test_every_contestant_runs_and_is_right(tmp_path):
     assert rows["engine/fused_r16"]["vs"] == "engine/backbone"
 
 
-def test_layerwise_routing_on_our_kernels_is_that_of_the_peers():
-    found = decode("--tiny", "--out", os.devnull, "--only", "graphed/layerwise_ours")
-    assert found.returncode == 0, found.stderr[-3000:]
+def test_layerwise_routing_on_our_kernels_is_that_of_the_peers(right):
+    found, path, _ = right
+    assert rows_of(found, path)
     assert "graphed/layerwise_ours: relative error" in found.stdout
 
 
 def test_a_contestant_that_is_wrong_gets_no_row(tmp_path):
-    wrong = "import decode; from contestants import EngineRun as Run; right = Run._step; "
-    wrong += "Run._step = lambda run: (right(run), run.logits.mul_(-1)); "
+    wrong = "from contestants import EngineRun as Run; right = Run._step; "
+    wrong += "Run._step = lambda run: (right(run), run.logits.mul_(-1))"
     out = tmp_path / "decode.json"
-    found = decode("--tiny", "--out", str(out), "--only", "engine/backbone", "hf/eager", code=wrong + "decode.main()")
+    found = run(["decode", "--tiny", "--out", str(out), "--only", "engine/backbone", "hf/eager"], before=wrong)
     assert found.returncode == 1
     assert "the logits of engine/backbone are wrong" in found.stderr
     assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["hf/eager"]
 
 
-def test_a_row_that_is_none_is_refused():
-    found = decode("--tiny", "--out", os.devnull, "--only", "engine/nothing")
-    assert found.returncode == 2
-    assert "engine/nothing names no row" in found.stderr
+def test_a_row_that_is_none_is_refused(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import decode
+
+    monkeypatch.setattr(sys, "argv", ["decode", "--tiny", "--out", os.devnull, "--only", "engine/nothing"])
+    with pytest.raises(SystemExit) as stopped:
+        decode.main()
+    assert stopped.value.code == 2
+    assert "engine/nothing names no row" in capsys.readouterr().err
 
 
-def test_both_executions_of_a_forward_are_timed(tmp_path):
-    out = tmp_path / "executions.json"
-    found = run("--tiny", "--out", str(out), code="import executions; executions.main()")
-    assert found.returncode == 0, found.stderr[-3000:]
-    names = [row["name"] for row in json.loads(out.read_text())["rows"]]
+def test_both_executions_of_a_forward_are_timed(right):
+    found, _, path = right
+    names = [row["name"] for row in rows_of(found, path)]
     assert {name: names.count(name) for name in names} == {
         "forward/backbone": 2,
         "forward/reference": 4,

@@ -65,7 +65,7 @@ def test_fused_equals_the_loop_for_a_prompt_and_then_token_by_token(name):
 def test_fused_equals_the_loop_whatever_the_config(changes):
     model = attached(**changes)
     model.execution = "fused"
-    for rows, length in ((1, 1), (2, 3), (3, 7)):
+    for rows, length in ((1, 1), (3, 1), (3, 7)):
         ids = batch(rows=rows, length=length)
         with torch.no_grad():
             got = model(input_ids=ids.to(DEVICE)).logits
