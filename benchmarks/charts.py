@@ -4,14 +4,13 @@ python benchmarks/charts.py  # docs/latency.svg
 """
 
 import json
-from pathlib import Path
 
 import matplotlib as mpl
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
+from tables import RESULTS, ROOT, case_of, of_first_case
 
-ROOT = Path(__file__).parents[1]
 # Bars, and the bare model of each: what is above it is what adapters cost.
 BARS = {
     "hf/compiled": None,
@@ -53,13 +52,13 @@ def parts_of(name, base, found):
 
 def latency(rows, path):
     """A stacked bar a way to compute a token, for the first case."""
-    first = {key: rows[0]["case"][key] for key in ("model", "context", "batch")}
-    found = {row["name"]: row for row in rows if all(row["case"].get(key) == value for key, value in first.items())}
-    names = [name for name in BARS if name in found]
+    found = of_first_case(rows)
+    bars = {name: parts_of(name, base, found) for name, base in BARS.items() if name in found}
+    names = list(bars)
     figure, axes = plt.subplots(figsize=(9, 0.42 * len(names) + 1.6))
     left = dict.fromkeys(names, 0.0)
     for part, color in PARTS.items():
-        widths = [parts_of(name, BARS[name], found).get(part, 0.0) for name in names]
+        widths = [parts.get(part, 0.0) for parts in bars.values()]
         axes.barh(names, widths, left=[left[name] for name in names], color=color, label=TITLES.get(part, part))
         for name, width in zip(names, widths, strict=True):
             left[name] += width
@@ -72,9 +71,10 @@ def latency(rows, path):
         )
     axes.invert_yaxis()
     axes.set_xlabel("ms a token")
-    axes.set_title(f"{first['model']}, context {first['context']}, batch {first['batch']}", loc="left")
+    model, context, batch = case_of(rows[0])
+    axes.set_title(f"{model}, context {context}, batch {batch}", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="lower right" if names[-1] == "hf/compiled" else "upper right")
+    axes.legend(fontsize=8, frameon=False, loc="upper right")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -82,7 +82,7 @@ def latency(rows, path):
 
 def main():
     mpl.rcParams["svg.hashsalt"] = "adafuse"
-    rows = json.loads((ROOT / "benchmarks" / "results" / "h100" / "decode.json").read_text())["rows"]
+    rows = json.loads((RESULTS / "h100" / "decode.json").read_text())["rows"]
     latency(rows, ROOT / "docs" / "latency.svg")
 
 

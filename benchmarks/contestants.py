@@ -4,7 +4,9 @@ Every one has `token` [B], where the next input is put, `picked` [B], the token 
 """
 
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from unittest import mock
 
 import torch
 from timing import graph_of
@@ -23,20 +25,16 @@ def parts_compiled(model, **options):
 
     Whole blocks of the peers do not compile into one piece, since their routing travels in context variables. options: torch.compile's.
     """
-    modeling = sys.modules[type(getattr(model, "get_base_model", lambda: model)()).__module__]
+    compiled = partial(torch.compile, dynamic=False, **options)
+    modeling = sys.modules[type(model.get_base_model()).__module__]
     norm = next(cls for name, cls in vars(modeling).items() if name.endswith("RMSNorm") and isinstance(cls, type))
-    places = [(norm, "forward"), (modeling, "apply_rotary_pos_emb"), (routers, "choose")]
-    kept, graph = [getattr(*place) for place in places], deltas.ADD["graph"]
-    for place, plain in zip(places, kept, strict=True):
-        setattr(*place, torch.compile(plain, dynamic=False, **options))
-    deltas.ADD["graph"] = torch.compile(graph, dynamic=False, **options)
-    try:
-        with torch._dynamo.config.patch(recompile_limit=64):  # every shape of the linears is compiled for itself
-            yield
-    finally:
-        for place, plain in zip(places, kept, strict=True):
-            setattr(*place, plain)
-        deltas.ADD["graph"] = graph
+    with ExitStack() as patches:
+        for owner, name in ((norm, "forward"), (modeling, "apply_rotary_pos_emb"), (routers, "choose")):
+            patches.enter_context(mock.patch.object(owner, name, compiled(getattr(owner, name))))
+        patches.enter_context(mock.patch.dict(deltas.ADD, graph=compiled(deltas.ADD["graph"])))
+        # Every shape of the linears is compiled for itself.
+        patches.enter_context(torch._dynamo.config.patch(recompile_limit=64))
+        yield
 
 
 class HfRun:

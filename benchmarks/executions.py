@@ -14,8 +14,8 @@ import record
 import torch
 from shapes import SHAPES
 from stack import relative_error
-from timing import free, launch_times, times
-from whole_models import TINY, adapted, base_model
+from timing import check, free, launch_times, times
+from whole_models import EXPERTS, TINY, adapted, base_model
 
 FORWARDS = ((1, 1), (8, 1), (32, 1), (1, 64), (1, 512), (1, 2048))  # sequences, tokens of each
 TINY_FORWARDS = ((1, 1), (2, 12))
@@ -38,7 +38,7 @@ def rows_of(name, device):
     """The backbone and both executions, for every forward."""
     base, forwards = base_model(name, device), FORWARDS if device == "cuda" else TINY_FORWARDS
     shape, generator = SHAPES[name], torch.Generator().manual_seed(0)
-    router = torch.randn(8, shape["hidden_size"], generator=generator).to(device)
+    router = torch.randn(EXPERTS, shape["hidden_size"], generator=generator).to(device)
     prompts = {size: torch.randint(0, shape["vocab_size"], size, generator=generator).to(device) for size in forwards}
 
     def forward(model, size):
@@ -68,9 +68,7 @@ def executions(model, forward, size, case, backbone, device):
         samples = measured(lambda: forward(model, size), device)
         logits[execution] = forward(model, size).double()
         rows[execution] = record.row(f"forward/{execution}", case, samples, "ms", vs=backbone)
-    error = relative_error(logits["fused"], logits["reference"])
-    if not error < LIMIT:
-        raise SystemExit(f"{case}: the executions differ by {error:.1e}; no timing is worth anything")
+    check(f"fused against reference, {case}", relative_error(logits["fused"], logits["reference"]), LIMIT)
     return rows.values()
 
 

@@ -138,20 +138,20 @@ def decode(rows):
         "| model | context | batch | row | ms | compared with | ratio | target |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    first = _case(rows[0])
+    first = case_of(rows[0])
     for row in rows:
         if row["name"].startswith("profile/") or row["unit"] != "ms":
             continue
-        target = DECODE_TARGETS.get(row["name"], "") if _case(row) == first else ""
+        target = DECODE_TARGETS.get(row["name"], "") if case_of(row) == first else ""
         ratio = f"{row['ratio']:.3f}" if row["ratio"] else ""
-        cells = (*_case(row), row["name"], f"{row['median']:.3f}", row["vs"] or "", ratio, target)
+        cells = (*case_of(row), row["name"], f"{row['median']:.3f}", row["vs"] or "", ratio, target)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
 
 def decode_summary(rows):
     """What a token takes in each way, for the first case."""
-    found = {row["name"]: row for row in rows if _case(row) == _case(rows[0])}
+    found = of_first_case(rows)
     lines = ["| a token of Llama-2-7B | ms | of bare HuggingFace, compiled | of ours, r 64 |", "|---|---|---|---|"]
     compiled, ours = found["hf/compiled"]["median"], found["engine/fused_r64"]["median"]
     for name, title in DECODE_WAYS.items():
@@ -170,7 +170,7 @@ def decode_summary(rows):
 
 def decode_profile(rows):
     """Launches of a token and what the parts of its time are, for the first case."""
-    found = {row["name"]: row for row in rows if _case(row) == _case(rows[0])}
+    found = of_first_case(rows)
     parts = ("attention", "between", "adapters", "rest")
     lines = [
         "| row | ms | launches | kernels one by one, ms | attention | norms, activation | adapters | rest |",
@@ -178,16 +178,20 @@ def decode_profile(rows):
     ]
     for name in (name for name in found if f"profile/{name}/launches" in found):
         launches, kernels = (found[f"profile/{name}/{what}"]["median"] for what in ("launches", "kernels"))
-        cells = [
-            f"{found[f'profile/{name}/{part}']['median']:.2f}" if f"profile/{name}/{part}" in found else ""
-            for part in parts
-        ]
+        measured = [found.get(f"profile/{name}/{part}") for part in parts]
+        cells = [f"{row['median']:.2f}" if row else "" for row in measured]
         lines.append(f"| {name} | {found[name]['median']:.2f} | {launches:.0f} | {kernels:.2f} | {' | '.join(cells)} |")
     return lines
 
 
-def _case(row):
+def case_of(row):
+    """(model, context, batch) of a row of decode."""
     return tuple(row["case"].get(key, "") for key in ("model", "context", "batch"))
+
+
+def of_first_case(rows):
+    """Name -> row, of the case that comes first."""
+    return {row["name"]: row for row in rows if case_of(row) == case_of(rows[0])}
 
 
 # What the README says of each row.

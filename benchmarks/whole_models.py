@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from adafuse import AdaFuseConfig, AdaFuseModel
 from adafuse.baselines import LayerwiseConfig, LayerwiseModel, PescConfig, PescModel
+from adafuse.ops.route import route_ref
 
 EXPERTS, TOP_K = 8, 2
 TINY = {
@@ -96,9 +97,8 @@ def with_baseline(base, name, tiny):
 
 def expert_sets(embeddings, router, ids):
     """The experts of each of these tokens [N], as sorted tuples."""
-    h0 = embeddings(ids).float()
-    logits = (h0 * torch.rsqrt(h0.square().mean(-1, keepdim=True) + 1e-6)) @ router.T
-    return [tuple(sorted(each)) for each in logits.topk(TOP_K, dim=-1).indices.tolist()]
+    experts, _ = route_ref(embeddings(ids).float(), router, num_experts=EXPERTS, top_k=TOP_K, scale=1.0)
+    return [tuple(sorted(each)) for each in experts[0].tolist()]
 
 
 def forced_tokens(embeddings, router, batch, count, generator):

@@ -60,7 +60,7 @@ def resolve(execution, batch, seq, needs_grad) -> str:
 
 
 def automatic(layers, config, tokens, itemsize, device, needs_grad) -> str:
-    """ "reference" or "fused", whichever is expected to take less time. Kernels need a GPU, and have no gradients.
+    """Either "reference" or "fused", whichever is expected to take less time. Kernels need a GPU, and have no gradients.
 
     Launched one by one from Python, "fused" takes the host longer than "reference": it pays where the GPU's work is longer still, or
     `in_graph`. torch.compile fuses the reference, and cannot see into the kernels.
@@ -87,7 +87,7 @@ def in_graph():
 
 @lru_cache
 def cheapest(layers, config, tokens, itemsize, captured) -> str:
-    """ "reference" or "fused". captured: in a CUDA graph, where the host's time does not count."""
+    """Either "reference" or "fused". captured: in a CUDA graph, where the host's time does not count."""
 
     def seconds(cost):
         return cost.seconds if captured else max(cost.seconds, len(layers) * HOST[cost.execution])
