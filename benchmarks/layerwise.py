@@ -5,12 +5,15 @@ not known before, and the router's rows. One that chooses, and adds what the cho
 The router's rows and logits are rounded to the dtype of the weights.
 """
 
+from types import SimpleNamespace
+
 import torch
 import triton
 import triton.language as tl
 
 from adafuse.engine.kernels import Step
-from adafuse.ops.decode import _tile_of, decode
+from adafuse.engine.linears import Linear
+from adafuse.ops.decode import _tile_of
 from adafuse.ops.launch import launch_options
 
 BLOCK_O = 64
@@ -64,6 +67,11 @@ class LayerwiseStep(Step):
             name: cache.new_zeros(self.rows, sum(len(each) for each in self._matrices(0, name)))
             for name in self.inner_rows[0]
         }
+        self.wide_runs = [
+            {name: self.runs.of([_as_linear(each) for each in self._matrices(index, name)], None) for name in self.wide}
+            for index in range(len(modules))
+        ]
+        self.runs.take_room(cache.device)
 
     def _matrices(self, index, name):
         """All that multiplies the input of a group."""
@@ -72,13 +80,18 @@ class LayerwiseStep(Step):
 
     def _linears(self, index, name, x, out, *, after_plan=False, pdl):
         config, wide, banks_b = self.config, self.wide[name], self.banks_b[index][name]
-        decode(x, self._matrices(index, name), wide, pdl=pdl)
+        for run in self.wide_runs[index][name]:
+            run(x, wide, after_plan=False, pdl=pdl)
         widths = tuple(b.shape[1] for b in banks_b)
         _choose_kernel[(sum(triton.cdiv(width, BLOCK_O) for width in widths), self.rows)](
             wide, tuple(banks_b), out, config.scale, wide.stride(0), out.stride(0), widths=widths, TOTAL=sum(widths),
             E=config.num_experts, K=config.top_k, R=config.r, BLOCK_E=triton.next_power_of_2(config.num_experts),
             BLOCK_R=triton.next_power_of_2(config.r), BLOCK_O=BLOCK_O, **launch_options(pdl),
         )  # fmt: skip
+
+
+def _as_linear(matrix):
+    return Linear(SimpleNamespace(weight=matrix), None)
 
 
 def modules_of(base, num_blocks):

@@ -81,21 +81,32 @@ def test_sampling_draws_the_same():
     assert [each.ids for each in got] == [each.ids for each in without_kernels(model).generate(prompts, **settings)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_exact_as_plain_pytorch(dtype):
-    """The logits of one step, against the same weights in fp32; the interpreter cuts bits off where a GPU rounds."""
-    model, ids = a_model("qwen3", "layer", dtype), prompt(40)
-    exact = a_model("qwen3", "layer")
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    ("adapter", "dtype"),
+    [("layer", torch.bfloat16), ("model", torch.float16), ("shared", torch.bfloat16), ("partial", torch.bfloat16)],
+)
+def test_half_precision_is_as_exact_as_plain_pytorch(adapter, dtype, rows):
+    """The logits of one step, against the same weights in fp32; the interpreter cuts bits off where a GPU rounds.
+
+    Four rows take another kernel than one.
+    """
+    model, ids = a_model("qwen3", adapter, dtype), [prompt(40 - row, row) for row in range(rows)]
+    exact = a_model("qwen3", adapter)
     exact.get_base_model().load_state_dict(model.get_base_model().state_dict())
     engines = [engine(model), without_kernels(model), without_kernels(exact)]
     logits = []
     for each in engines:
-        each.generate([ids], max_new_tokens=1)
-        each._runner.tokens[0] = 7
-        each._runner.step(1, adapted=True)
-        logits.append(each._runner.logits[0].float())
+        each.generate(ids, max_new_tokens=1)
+        each._runner.tokens[:rows] = torch.arange(7, 7 + rows)
+        each._runner.step(rows, adapted=True)
+        logits.append(each._runner.logits[:rows].float())
     mine, theirs = (relative_error(each, logits[2]) for each in logits[:2])
     assert mine < 3 * theirs
+    kinds = {
+        type(run).__name__ for group in engines[0]._runner._kernel_step(rows, True).blocks[0].values() for run in group
+    }
+    assert kinds == {"DecodeRun" if rows == 1 else "CrowdRun"}
 
 
 def test_weights_that_change_later_count():

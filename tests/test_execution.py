@@ -435,7 +435,9 @@ def test_explain_execution_counts_bytes_and_flops(capsys):
 @pytest.mark.parametrize(
     ("tokens", "mixture", "form"),
     [
-        (8, {"num_experts": 8, "r": 16}, "decode"),
+        (1, {"num_experts": 8, "r": 16}, "decode"),
+        (4, {"num_experts": 8, "r": 16}, "crowd"),
+        (4, {"num_experts": 128, "r": 16}, "decode"),
         (32, {"num_experts": 8, "r": 64}, "crowd"),
         (32, {"num_experts": 256, "r": 64, "top_k": 1}, "tiles"),
         (65, {"num_experts": 8, "r": 16}, "tiles"),

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from adafuse.ops.batch import dense_gates
 from adafuse.ops.route import route, route_ref
 from adafuse.router import Router
 
@@ -17,6 +18,7 @@ def routed(router, h0, scale=2.0):
     decisions, tokens = router.num_decisions, len(h0)
     experts = torch.full((decisions, tokens, router.top_k), -7, dtype=torch.int32, device=DEVICE)
     weights = torch.full((decisions, tokens, router.top_k), float("nan"), device=DEVICE)
+    gates = torch.full((decisions, tokens, router.num_experts + 1), 5.0, device=DEVICE)
     hidden = router.hidden.weight if router.hidden is not None else None
     route(
         h0,
@@ -28,6 +30,10 @@ def routed(router, h0, scale=2.0):
         logits=torch.empty(tokens, decisions * router.num_experts, device=DEVICE),
         hidden=hidden,
         hidden_out=None if hidden is None else torch.empty(tokens, len(hidden), device=DEVICE),
+        gates=gates,
+    )
+    assert torch.equal(gates, dense_gates(experts, weights, router.num_experts, 5.0)), (
+        "the shared expert's is left alone"
     )
     return experts, weights
 

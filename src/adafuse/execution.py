@@ -18,6 +18,9 @@ MANY_TOKENS = 512  # from here on again
 # Of an H100: bytes a second from memory, FLOPs a second of a bf16 matmul, seconds from one small kernel to the next.
 READ, FLOPS, LAUNCH, PROCESSORS = 3.2e12, 7e14, 2e-6, 132
 MATMUL = 0.95  # of the vendor's matmul, ours (ops/matmul.py)
+# The share of READ that is reached (Llama-2-7B's linears, 2 to 32 tokens): by the vendor's matmul; by ops/crowd.py. ops/decode.py reaches
+# all of it with one token; as it multiplies without tensor cores, every further one adds so much of that time, without and with adapters.
+VENDOR, CROWD, DECODE_MORE = 0.8, 0.78, (0.18, 0.33)
 # Seconds that Python takes to launch what one adapted linear needs, on a host of 9 us a launch (benchmarks/executions.py).
 HOST = {"reference": 1.1e-4, "fused": 3e-4}
 _in_graph = ContextVar("in_graph", default=False)
@@ -97,16 +100,17 @@ def cheapest(layers, config, tokens, itemsize, captured) -> str:
 
 
 class Kernel(NamedTuple):
-    """What one kernel reads and writes, and computes. filled: the share of the device that its programs keep busy."""
+    """What one kernel reads and writes, and computes. filled: the share of FLOPS that it reaches at most; rate: the share of READ."""
 
     bytes: float
     flops: float
     filled: float = 1.0
+    rate: float = 1.0
 
     @property
     def seconds(self) -> float:
         """What an H100 would take at the rates above. To compare ways of doing the same, not to predict."""
-        return max(self.bytes / READ, self.flops / (FLOPS * self.filled)) + LAUNCH
+        return max(self.bytes / (READ * self.rate), self.flops / (FLOPS * self.filled)) + LAUNCH
 
 
 class Cost(NamedTuple):
@@ -133,26 +137,26 @@ class Cost(NamedTuple):
 def costs(layers, config, tokens, itemsize) -> list[Cost]:
     """Bytes that must move between memory and processors, and FLOPs, for each execution. Routing taken as uniform.
 
-    layers: (in, out) features of the adapted linears. Of E experts, n tokens with K each reach E (1 - (1 - K/E)^n) on average. Sums
-    over tiles of sorted tokens are taken over twice the active ranks, for neighbours that differ.
+    layers: (in, out) features of the linears; config: of their adapters, None: the base alone. Of E experts, n tokens with K each
+    reach E (1 - (1 - K/E)^n) on average. Sums over tiles of sorted tokens are taken over twice the active ranks, for neighbours that
+    differ.
     """
-    hit = config.num_experts * (1 - (1 - config.top_k / config.num_experts) ** tokens)
-    active, reached, ranks = (n * config.r + config.shared_rank for n in (config.top_k, hit, config.num_experts))
+    active, reached, ranks = _ranks(config, tokens)
     padded = min(2 * active, ranks)
 
     def cost(execution, how, kernels_of, form=""):
         return Cost(execution, how, [kernel for layer in layers for kernel in kernels_of(*layer)], form)
 
-    def kernel(numbers, products, filled=1.0):
-        return Kernel(itemsize * numbers, 2 * products, filled)
+    def kernel(numbers, products, **limits):
+        return Kernel(itemsize * numbers, 2 * products, **limits)
 
     def base(i, o):
-        return kernel(i * o + tokens * (i + o), tokens * i * o)
+        return kernel(i * o + tokens * (i + o), tokens * i * o, rate=VENDOR)
 
-    def one_launch(read, computed):
+    def one_launch(read, computed, rate):
         return lambda i, o: [
             kernel(0, 0),  # a small fill of what is handed over
-            kernel(i * o + read * (i + o) + tokens * (i + o), tokens * (i * o + computed * (i + o))),
+            kernel(i * o + read * (i + o) + tokens * (i + o), tokens * (i * o + computed * (i + o)), rate=rate),
         ]
 
     def shrink(i, o):
@@ -163,7 +167,7 @@ def costs(layers, config, tokens, itemsize) -> list[Cost]:
 
     def matmul(i, o):
         read = i * o + reached * o + tokens * (i + padded + o)
-        return [shrink(i, o), kernel(read, tokens * o * (i + padded), _filled(tokens, o))]
+        return [shrink(i, o), kernel(read, tokens * o * (i + padded), filled=_filled(tokens, o))]
 
     def reference(i, o):
         return [
@@ -180,19 +184,29 @@ def costs(layers, config, tokens, itemsize) -> list[Cost]:
 
     found = []
     if tokens <= FEW_TOKENS:
-        found.append(
-            cost("fused", "base weights and chosen experts in one pass", one_launch(reached, active), "decode")
-        )
+        decode_rate = 1 / (1 + DECODE_MORE[config is not None] * (tokens - 1))
+        how, kernels = "base weights and chosen experts in one pass", one_launch(reached, active, decode_rate)
+        found.append(cost("fused", how, kernels, "decode"))
     else:
         found.append(cost("fused", "base matmul, then the experts of sorted tokens", tiles, "tiles"))
         if itemsize == 2 and tokens >= MANY_TOKENS:  # fp32 has no tensor cores: the vendor's matmul is far better at it
             found.append(cost("fused", "base and experts of sorted tokens in one matmul", matmul, "matmul"))
-    if FEW_TOKENS < tokens <= CROWD_TOKENS:
-        found.append(cost("fused", "base weights and all experts in one pass", one_launch(ranks, ranks), "crowd"))
+    if 1 < tokens <= CROWD_TOKENS and (itemsize == 2 or tokens > FEW_TOKENS):
+        found.append(
+            cost("fused", "base weights and all experts in one pass", one_launch(ranks, ranks, CROWD), "crowd")
+        )
     found.append(cost("reference", "base matmul, two matmuls over all experts", reference))
-    if tokens == 1:
+    if tokens == 1 and config is not None:
         found.append(Cost("switch", "experts merged from a copy, then the base", switch()))
     return found
+
+
+def _ranks(config, tokens):
+    """Of a token; of all experts that the tokens reach; of all experts."""
+    if config is None:
+        return 0, 0, 0
+    hit = config.num_experts * (1 - (1 - config.top_k / config.num_experts) ** tokens)
+    return tuple(n * config.r + config.shared_rank for n in (config.top_k, hit, config.num_experts))
 
 
 def _filled(tokens, features) -> float:
@@ -202,7 +216,10 @@ def _filled(tokens, features) -> float:
 
 @lru_cache
 def fused_form(layer, config, tokens, itemsize) -> str:
-    """The cheapest form of "fused" for one plain linear of (in, out) features: "decode", "crowd", "tiles" or "matmul"."""
+    """The cheapest form of "fused" for one plain linear of (in, out) features: "decode", "crowd", "tiles" or "matmul".
+
+    config: of its adapters; None: the base alone.
+    """
     fused = (cost for cost in costs([layer], config, tokens, itemsize) if cost.execution == "fused")
     return min(fused, key=lambda cost: cost.seconds).form
 

@@ -6,15 +6,14 @@ is refused (`check_kernels`), not computed in another way.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 
 from adafuse.engine.backbone import Backbone, Block
 from adafuse.engine.linears import Gate, Linear
+from adafuse.engine.runs import Runs
 from adafuse.ops.attend import MAX_GROUP, MAX_HEAD_DIM, Heads, Room, attend
-from adafuse.ops.decode import EMPTY, MAX_FEATURES, MAX_TOKENS, copies_of_h, decode
+from adafuse.ops.decode import MAX_FEATURES, MAX_TOKENS
 from adafuse.ops.norm import MAX_HIDDEN, add_norm, embed_norm, swiglu
 from adafuse.ops.pick import pick, room
 from adafuse.ops.route import route
@@ -22,14 +21,6 @@ from adafuse.ops.switch import switch
 
 ADVICE = "pass Engine(..., kernels=False) to compute it in plain PyTorch"
 _GROUPS = ("qkv", "o", "gate_up", "down")
-
-
-class Run(NamedTuple):
-    """Neighbours in a group that are all adapted, or none: one launch. columns: where their outputs lie in the group's."""
-
-    linears: tuple[Linear, ...]
-    columns: slice
-    h: torch.Tensor | None
 
 
 class Step:
@@ -69,37 +60,24 @@ class Step:
             self.router_hidden = torch.zeros(self.rows, len(hidden.weight), device=self.cache.device)
 
     def _lay_out(self):
-        """The launches of every group, with their parts of one buffer for all h, so that one fill empties them."""
+        """The launches of every group of linears, and of the head."""
         unmerged = self.gate is not None and self.switcher is None
-        active = self.plan.of_block(0).chosen.active if unmerged else 0
-        cut = [[_cut(getattr(block, name), unmerged) for name in _GROUPS] for block in self.backbone.blocks]
-        copies = copies_of_h(active)
-        sizes = [
-            copies * self.rows * len(linears) * active if adapted else 0
-            for block in cut
-            for group in block
-            for adapted, linears, _ in group
-        ]
-        self.all_h = torch.zeros(sum(sizes), dtype=torch.int32, device=self.cache.device)
-        parts = iter(self.all_h.split(sizes))
-
-        def run(adapted, linears, columns):
-            h = next(parts)
-            h = h.view(copies, self.rows, len(linears), active) if adapted else None
-            return Run(tuple(linears), columns, h)
-
+        blocks, itemsize = self.backbone.blocks, self.cache.element_size()
+        runs = self.runs = Runs(self.rows, self.gate.config if unmerged else None, itemsize)
+        parts = [self.plan.of_block(d) if unmerged else None for d in range(len(blocks))]
         self.blocks = [
-            {name: [run(*part) for part in group] for name, group in zip(_GROUPS, block, strict=True)} for block in cut
+            {name: runs.of(getattr(block, name), part) for name in _GROUPS}
+            for block, part in zip(blocks, parts, strict=True)
         ]
-        self.chosen = [self.plan.of_block(d).chosen for d in range(len(self.blocks))] if unmerged else None
+        (self.head,) = runs.of([Linear(self.backbone.head, None)], None)
+        runs.take_room(self.cache.device)
 
     # --- the step --------------------------------------------------------------------------------------------------
 
     def run(self, tokens, positions, *, pdl: bool):
         """tokens [T] at positions [T] -> logits. No host sync: safe inside a CUDA graph. pdl: kernels start early, and wait."""
         blocks, backbone = self.backbone.blocks, self.backbone
-        if len(self.all_h):
-            self.all_h.fill_(EMPTY.value)
+        self.runs.clear()
         norm = blocks[0].attention_norm
         embed_norm(tokens, backbone.embeddings.weight, self.residual, norm.weight, self.x, eps=norm.variance_epsilon)
         if self.gate is not None:
@@ -107,7 +85,7 @@ class Step:
         for index, block in enumerate(blocks):
             after = blocks[index + 1].attention_norm if index + 1 < len(blocks) else backbone.norm
             self._block(index, block, after, positions, pdl)
-        decode(self.x, (backbone.head.weight,), self.logits, pdl=pdl)
+        self.head(self.x, self.logits, after_plan=False, pdl=pdl)
 
     def _route(self, pdl):
         router, plan = self.gate.router, self.plan
@@ -122,6 +100,7 @@ class Step:
             logits=self.router_logits,
             hidden=None if hidden is None else hidden.weight,
             hidden_out=self.router_hidden,
+            gates=plan.gates,
             pdl=pdl,
         )
         self.gate.written = plan
@@ -168,13 +147,7 @@ class Step:
 
     def _linears(self, index, name, x, out, *, after_plan=False, pdl):
         for run in self.blocks[index][name]:
-            weights = [linear.base.weight for linear in run.linears]
-            mixture = {}
-            if run.h is not None:
-                matrices = [linear.bank.matrices(x.dtype) for linear in run.linears]
-                banks_a, banks_b = zip(*matrices, strict=True)
-                mixture = {"banks_a": banks_a, "banks_b": banks_b, "chosen": self.chosen[index], "h": run.h}
-            decode(x, weights, out[:, run.columns], **mixture, after_plan=after_plan, pdl=pdl)
+            run(x, out, after_plan=after_plan, pdl=pdl)
             after_plan = False
 
     def pick(self, picked, tokens, **moves):
@@ -200,20 +173,6 @@ def begin_merging(switcher):
     for table in switcher.tables:
         switch(table, experts, weights, shared_scale=switcher.config.shared_scale)
     switcher.merged = True
-
-
-def _cut(group, unmerged):
-    """(adapted, linears, columns) of the launches of a group: neighbours that are all adapted, or none."""
-    found, start = [], 0
-    for linear in group:
-        adapted, width = unmerged and linear.bank is not None, _width(linear)
-        if found and found[-1][0] == adapted:
-            _, linears, columns = found.pop()
-            found.append((adapted, [*linears, linear], slice(columns.start, start + width)))
-        else:
-            found.append((adapted, [linear], slice(start, start + width)))
-        start += width
-    return found
 
 
 def _width(linear):

@@ -68,12 +68,14 @@ def _choose_kernel(
     logits,
     experts,
     weights,
+    gates,
     scale,
     D: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GATES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A program: one decision for one token. Grid (D, T)."""
@@ -87,21 +89,30 @@ def _choose_kernel(
     p = tl.where(e < E, p / tl.sum(p, 0), -1.0)
     k = tl.arange(0, BLOCK_K)
     chosen, kept = tl.zeros([BLOCK_K], tl.int32), tl.zeros([BLOCK_K], tl.float32)
+    by_expert = tl.zeros([BLOCK_E], tl.float32)
     for step in tl.static_range(K):
         best = tl.max(p, 0)
         # Ties: the lower index. Of NaN none is the best: still an expert that exists.
         expert = tl.minimum(tl.min(tl.where(p == best, e, BLOCK_E), 0), E - 1)
         chosen, kept = tl.where(k == step, expert, chosen), tl.where(k == step, best, kept)
+        by_expert = tl.where(e == expert, best, by_expert)
         p = tl.where(e == expert, -1.0, p)
     if K > 1:
-        kept = kept / tl.sum(kept, 0)
+        total = tl.sum(kept, 0)
+        kept, by_expert = kept / total, by_expert / total
     where = (decision * tokens + token) * K + k
     tl.store(experts + where, chosen, mask=k < K)
     tl.store(weights + where, kept * scale, mask=k < K)
+    if GATES:
+        tl.store(gates + (decision * tokens + token) * (E + 1) + e, by_expert * scale, mask=e < E)
 
 
-def route(h0, weight, experts, weights, *, num_experts, scale, logits, hidden=None, hidden_out=None, pdl=False):
+def route(
+    h0, weight, experts, weights, *, num_experts, scale, logits, hidden=None, hidden_out=None, gates=None, pdl=False
+):  # fmt: skip
     """Write the routing of the tokens h0 [T, H] into experts [D, T, K] int32 and weights [D, T, K] fp32 (times `scale`).
+
+    gates [D, T, E + 1] fp32: the same by expert, 0 where not chosen; the last column, the shared expert's, is left as it is.
 
     weight [D * E, H or router_hidden] and hidden [router_hidden, H]: the router's, of any dtype that a model may have been cast to;
     sums are in fp32. logits [T, D * E] and hidden_out [T, router_hidden], fp32: room to work in. No host sync, no allocation: safe
@@ -109,7 +120,7 @@ def route(h0, weight, experts, weights, *, num_experts, scale, logits, hidden=No
     """
     refuse_gradients(h0, weight, *([] if hidden is None else [hidden]))
     decisions, tokens, top_k = experts.shape
-    _check(h0, weight, experts, weights, logits, num_experts, hidden, hidden_out)
+    _check(h0, weight, experts, weights, logits, num_experts, hidden, hidden_out, gates)
     x, norm = h0, True
     if hidden is not None:
         _rows_times(x, hidden, hidden_out, norm=True, silu=True, pdl=pdl)
@@ -120,12 +131,14 @@ def route(h0, weight, experts, weights, *, num_experts, scale, logits, hidden=No
             logits,
             experts,
             weights,
+            gates,
             scale,
             D=decisions,
             E=num_experts,
             K=top_k,
             BLOCK_E=next_power_of_2(num_experts),
             BLOCK_K=next_power_of_2(top_k),
+            GATES=gates is not None,
             num_warps=1,
             **launch_options(pdl),
         )
@@ -151,7 +164,7 @@ def _rows_times(x, weight, out, *, norm, silu, pdl):
         )
 
 
-def _check(h0, weight, experts, weights, logits, num_experts, hidden, hidden_out):
+def _check(h0, weight, experts, weights, logits, num_experts, hidden, hidden_out, gates):
     decisions, tokens, _ = experts.shape
     inner = h0.shape[1] if hidden is None else len(hidden)
     expected = {
@@ -160,6 +173,8 @@ def _check(h0, weight, experts, weights, logits, num_experts, hidden, hidden_out
         "weights": (weights, experts.shape, torch.float32),
         "logits": (logits, (tokens, decisions * num_experts), torch.float32),
     }
+    if gates is not None:
+        expected["gates"] = (gates, (decisions, tokens, num_experts + 1), torch.float32)
     if hidden is not None:
         expected["hidden"] = (hidden, (inner, h0.shape[1]), hidden.dtype)
         expected["hidden_out"] = (hidden_out, (tokens, inner), torch.float32)
