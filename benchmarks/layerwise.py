@@ -1,8 +1,8 @@
 """Layer-wise routing on the library's kernels: every linear routes on its own input. How fast the peers' rule can be made.
 
-A group of linears takes two launches. One for all that multiplies the input: base weights, the A of all experts, since the choice is
-not known before, and the router's rows. One that chooses, and adds what the chosen experts' B give. Both start early.
-The router's rows and logits are rounded to the dtype of the weights.
+One token: a launch for each group of linears (`layerwise_token`). Several tokens: two launches. One for all that multiplies the input:
+base weights, the A of all experts, and the router's rows. One that chooses, and adds what the chosen experts' B give; its logits are
+rounded to the dtype of the weights. All start early. The router's rows are rounded to the dtype of the weights.
 """
 
 from types import SimpleNamespace
@@ -10,17 +10,18 @@ from types import SimpleNamespace
 import torch
 import triton
 import triton.language as tl
+from layerwise_token import one_launch
 
 from adafuse.engine.kernels import Step
 from adafuse.engine.linears import Linear
-from adafuse.ops.decode import _tile_of
-from adafuse.ops.launch import launch_options
+from adafuse.ops.decode import EMPTY, _tile_of, copies_of_h
+from adafuse.ops.launch import cdiv, launch_options, next_power_of_2
 
 BLOCK_O = 64
 
 
 @triton.jit
-def _choose_kernel(
+def _choose_and_add_kernel(
     wide, banks_b, out, scale, stride_wide, stride_out, widths: tl.constexpr, TOTAL: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
     R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -63,13 +64,29 @@ class LayerwiseStep(Step):
         with torch.no_grad():
             self.inner_rows = of_all(lambda each: torch.cat([each.bank.a, each.router.weight]))
             self.banks_b = of_all(lambda each: each.bank.b)
+        if self.rows == 1:
+            self._make_h(cache.device)
+        else:
+            self._make_wide(cache)
+
+    def _make_h(self, device):
+        config, blocks = self.config, len(self.banks_b)
+        copies, each = copies_of_h(config.top_k * config.r), config.num_experts * (config.r + 1)
+        sizes = [copies * len(group) * each for group in self.banks_b[0].values()]
+        self.all_h = torch.empty(blocks, sum(sizes), dtype=torch.int32, device=device)
+        self.h = [
+            {name: h.view(copies, -1, each) for name, h in zip(self.banks_b[0], block.split(sizes), strict=True)}
+            for block in self.all_h
+        ]
+
+    def _make_wide(self, cache):
         self.wide = {
             name: cache.new_zeros(self.rows, sum(len(each) for each in self._matrices(0, name)))
             for name in self.inner_rows[0]
         }
         self.wide_runs = [
             {name: self.runs.of([_as_linear(each) for each in self._matrices(index, name)], None) for name in self.wide}
-            for index in range(len(modules))
+            for index in range(len(self.inner_rows))
         ]
         self.runs.take_room(cache.device)
 
@@ -78,15 +95,25 @@ class LayerwiseStep(Step):
         weights = [linear.base.weight for linear in getattr(self.backbone.blocks[index], name)]
         return [*weights, *self.inner_rows[index][name]]
 
+    def run(self, tokens, positions, *, pdl):
+        if self.rows == 1:
+            self.all_h.fill_(EMPTY.value)
+        super().run(tokens, positions, pdl=pdl)
+
     def _linears(self, index, name, x, out, *, after_plan=False, pdl):
-        config, wide, banks_b = self.config, self.wide[name], self.banks_b[index][name]
+        config, banks_b = self.config, self.banks_b[index][name]
+        if self.rows == 1:
+            weights = [linear.base.weight for linear in getattr(self.backbone.blocks[index], name)]
+            one_launch(x, weights, self.inner_rows[index][name], banks_b, self.h[index][name], out, config, pdl=pdl)
+            return
+        wide = self.wide[name]
         for run in self.wide_runs[index][name]:
             run(x, wide, after_plan=False, pdl=pdl)
         widths = tuple(b.shape[1] for b in banks_b)
-        _choose_kernel[(sum(triton.cdiv(width, BLOCK_O) for width in widths), self.rows)](
+        _choose_and_add_kernel[(sum(cdiv(width, BLOCK_O) for width in widths), self.rows)](
             wide, tuple(banks_b), out, config.scale, wide.stride(0), out.stride(0), widths=widths, TOTAL=sum(widths),
-            E=config.num_experts, K=config.top_k, R=config.r, BLOCK_E=triton.next_power_of_2(config.num_experts),
-            BLOCK_R=triton.next_power_of_2(config.r), BLOCK_O=BLOCK_O, **launch_options(pdl),
+            E=config.num_experts, K=config.top_k, R=config.r, BLOCK_E=next_power_of_2(config.num_experts),
+            BLOCK_R=next_power_of_2(config.r), BLOCK_O=BLOCK_O, **launch_options(pdl),
         )  # fmt: skip
 
 
