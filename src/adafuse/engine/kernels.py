@@ -53,6 +53,7 @@ class Step:
         self.attended, self.inner = (rows(linear.base.in_features) for linear in (*block.o, *block.down))
 
     def _make_router_room(self, router):
+        self.gates = self.plan.gates
         hidden = router.hidden
         self.router_logits = torch.zeros(self.rows, len(router.weight), device=self.cache.device)
         self.router_hidden = None
@@ -100,7 +101,7 @@ class Step:
             logits=self.router_logits,
             hidden=None if hidden is None else hidden.weight,
             hidden_out=self.router_hidden,
-            gates=plan.gates,
+            gates=self.gates,
             pdl=pdl,
         )
         self.gate.written = plan
