@@ -6,7 +6,7 @@ import torch
 
 from adafuse.config import AdaFuseConfig
 from adafuse.integrations.vllm.fused import linear_by_kernels
-from adafuse.integrations.vllm.op import Group, add_by_kernels, add_dense, linear_dense
+from adafuse.integrations.vllm.op import Group, Shape, add_by_kernels, add_dense, linear_dense
 from adafuse.integrations.vllm.routing import Step
 from adafuse.router import Router
 
@@ -170,17 +170,20 @@ def test_the_operation_is_one_that_torch_compile_keeps():
 
 # --- base and experts together -----------------------------------------------------------------------------------------
 
-# form, tokens, dtype, shared rank
+SMALL = {"r": 1, "num_experts": 3, "shared_rank": 1}  # so few ranks that all may be read for a token
+# form, tokens, dtype, settings
 FORMS = [
-    ("decode", 1, torch.bfloat16, 0),
-    ("decode", 3, torch.float32, 0),
-    ("decode", 8, torch.float32, 0),
-    ("crowd", 1, torch.bfloat16, 3),
-    ("crowd", 6, torch.bfloat16, 0),
-    ("crowd", 8, torch.float32, 3),
-    ("crowd", 9, torch.float32, 0),
-    ("crowd", 64, torch.float32, 3),
-    ("tiles", 65, torch.float32, 3),
+    ("decode", 1, torch.bfloat16, {"shared_rank": 0}),
+    ("decode", 3, torch.float32, {"shared_rank": 0}),
+    ("decode", 8, torch.float32, {"shared_rank": 0}),
+    ("crowd", 1, torch.bfloat16, SMALL),
+    ("crowd", 6, torch.bfloat16, {"shared_rank": 0}),
+    ("crowd", 8, torch.float32, SMALL),
+    ("crowd", 9, torch.float32, {"shared_rank": 0}),
+    ("crowd", 64, torch.float32, {}),
+    ("tiles", 1, torch.float32, {}),
+    ("tiles", 8, torch.float32, {}),
+    ("tiles", 65, torch.float32, {}),
 ]
 
 
@@ -207,25 +210,32 @@ def check_layers(step, tokens, dtype, widths=OUT, bare=(False, True, False, Fals
         assert (y[~without] != other[~without]).any(1).all()
 
 
-@pytest.mark.parametrize(("form", "tokens", "dtype", "shared_rank"), FORMS)
-def test_a_whole_linear_equals_loops(form, tokens, dtype, shared_rank):
-    step = make_step(dtype, kernels=True, max_tokens=70, widths=OUT, shared_rank=shared_rank)
+@pytest.mark.parametrize(("form", "tokens", "dtype", "settings"), FORMS)
+def test_a_whole_linear_equals_loops(form, tokens, dtype, settings):
+    step = make_step(dtype, kernels=True, max_tokens=70, widths=OUT, **settings)
     assert Group(IN, OUT, dtype, step.shape).form(tokens) == form
     check_layers(step, tokens, dtype)
 
 
-@pytest.mark.parametrize(
-    ("form", "tokens", "widths"),
-    [("tiles", 1, OUT), ("tiles", 8, OUT), ("tiles", 20, OUT), ("matmul", 20, OUT), ("matmul", 20, (32, 16))],
-)
-def test_forms_that_so_small_linears_do_not_take(form, tokens, widths, monkeypatch):
-    """Few tokens beside the base's own matmul, where `crowd` would read too many experts; a matmul of ours, and one whose rows
-    it cannot read.
-    """
+@pytest.mark.parametrize(("form", "widths"), [("tiles", OUT), ("matmul", OUT), ("matmul", (32, 16))])
+def test_forms_of_larger_linears(form, widths, monkeypatch):
+    """A matmul of ours, and one whose rows it cannot read."""
     monkeypatch.setattr(Group, "form", lambda *_: form)
     step = make_step(torch.bfloat16, kernels=True, widths=widths, num_experts=6)
     assert all(buffer.numel() == 0 for buffer in step.room)
-    check_layers(step, tokens, torch.bfloat16, widths)
+    check_layers(step, 20, torch.bfloat16, widths)
+
+
+def test_forms_of_llama_7b():
+    """All experts are read for a few tokens where they are few, and never by `decode` beside a shared one."""
+    for shape, expected in (
+        (Shape(1, 8, 2, 16, 0), {1: "decode", 2: "crowd", 12: "crowd", 64: "crowd", 65: "tiles", 2048: "matmul"}),
+        (Shape(1, 8, 2, 16, 16), {1: "crowd", 8: "crowd", 12: "crowd", 64: "crowd", 65: "tiles"}),
+        (Shape(1, 8, 2, 64, 0), {1: "decode", 12: "crowd", 32: "crowd"}),
+        (Shape(1, 256, 1, 64, 64), {1: "tiles", 8: "tiles", 32: "tiles"}),
+    ):
+        group = Group(4096, (11008, 11008), torch.bfloat16, shape)
+        assert {tokens: group.form(tokens) for tokens in expected} == expected
 
 
 def test_steps_of_all_sizes_in_the_same_buffers():

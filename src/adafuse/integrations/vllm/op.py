@@ -15,8 +15,11 @@ from typing import NamedTuple
 
 import torch
 
-from adafuse.execution import FEW_TOKENS, fused_form
+from adafuse.execution import CROWD_TOKENS, FEW_TOKENS, fused_form
 
+# Up to here `ops.crowd` may read all experts, of the base's weights: with 0.17 it took 0.86 of the time of "tiles" (32 tokens of
+# Llama-2-7B, r 64, docs/kernels.md), which take 1.3 to 1.5 times that of the base.
+CROWD_READS = 0.25
 _library = torch.library.Library("adafuse", "FRAGMENT")
 _library.define(
     "add_delta(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, int[] columns, Tensor[] routing, int decision, "
@@ -94,10 +97,16 @@ class Group(NamedTuple):
         return [0, *accumulate(self.widths[:-1])]
 
     def form(self, tokens: int) -> str:
-        """The cheapest form for so many tokens: "decode", "crowd", "matmul", or "tiles": beside the base's own matmul."""
-        if self.shape.shared_rank:  # `decode`, of few tokens, has one shared scale for all, but some have no adapter
-            tokens = max(tokens, FEW_TOKENS + 1)
-        return fused_form((self.features, sum(self.widths)), self.shape, tokens, self.dtype.itemsize)
+        """What computes so many tokens: "decode", "crowd", "matmul", or "tiles": the experts beside the base's own matmul."""
+        out = sum(self.widths)
+        form = fused_form((self.features, out), self.shape, tokens, self.dtype.itemsize)
+        # `decode` has one shared scale for all tokens, but some have no adapter.
+        unfit = form == "decode" and self.shape.shared_rank
+        if tokens > CROWD_TOKENS or not (unfit or form == "tiles"):
+            return form
+        # The estimate is too low for "tiles", and leaves out that a step's tokens are sorted for them.
+        read = self.shape.ranks * (self.features + out) / (self.features * out)
+        return "crowd" if read <= CROWD_READS else "tiles"
 
 
 def view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
