@@ -1,11 +1,12 @@
-"""The operation behind an adapted linear of vLLM's, and the buffers of a step, without vLLM: kernels (in Triton's
+"""The operations behind an adapted linear of vLLM's, and the buffers of a step, without vLLM: kernels (in Triton's
 interpreter where there is no GPU) and dense form against loops over tokens and experts."""
 
 import pytest
 import torch
 
 from adafuse.config import AdaFuseConfig
-from adafuse.integrations.vllm.op import add_by_kernels, add_dense
+from adafuse.integrations.vllm.fused import linear_by_kernels
+from adafuse.integrations.vllm.op import Group, Shape, add_by_kernels, add_dense, linear_dense
 from adafuse.integrations.vllm.routing import Step
 from adafuse.router import Router
 
@@ -14,7 +15,10 @@ HIDDEN, IN, OUT = 24, 40, (33, 16)
 REQUESTS = 4
 
 
-def make_step(dtype=torch.float32, *, kernels, decisions=2, max_tokens=64, **settings):
+def make_step(dtype=torch.float32, *, kernels, decisions=2, max_tokens=64, widths=None, **settings):
+    """A step of layers that add their experts to what the base made; with widths: of as many layers as decisions that compute
+    both, of linears with so many outputs.
+    """
     settings = {
         "r": 4,
         "num_experts": 5,
@@ -31,7 +35,9 @@ def make_step(dtype=torch.float32, *, kernels, decisions=2, max_tokens=64, **set
     step = Step(
         router, config, hidden_size=HIDDEN, max_tokens=max_tokens, max_requests=REQUESTS, dtype=dtype, kernels=kernels
     )
-    for buffer in step.routing:  # a kernel that reads what no step has written must not go unseen
+    group = widths and Group(IN, widths, dtype, step.shape)
+    step.rows = [step.join(group) for _ in range(decisions)]
+    for buffer in (*step.routing, *step.room):  # a kernel that reads what no step has written must not go unseen
         buffer.fill_(float("nan") if buffer.is_floating_point() else 1)
     return step
 
@@ -64,7 +70,15 @@ def by_loops(y, x, a, b, step, h0, decision, starts, bare):
     return y
 
 
-def case(tokens, dtype, step):
+def without_adapter(starts, bare, tokens):
+    """[T]: whether a token is of no request, or of one without adapter."""
+    without = torch.ones(tokens, dtype=torch.bool, device=DEVICE)
+    for i in range(REQUESTS):
+        without[starts[i] : starts[i + 1]] = bare[i]
+    return without
+
+
+def case(tokens, dtype, step, widths=OUT):
     ranks = step.shape.ranks
     generator = torch.Generator().manual_seed(tokens)
 
@@ -74,10 +88,10 @@ def case(tokens, dtype, step):
     h0 = torch.randn(tokens, HIDDEN, generator=generator).to(DEVICE, dtype)
     return (
         h0,
-        random(tokens, sum(OUT)),
+        random(tokens, sum(widths)),
         random(tokens, IN),
-        [random(ranks, IN) for _ in OUT],
-        [random(ranks, o) for o in OUT],
+        [random(ranks, IN) for _ in widths],
+        [random(ranks, o) for o in widths],
     )
 
 
@@ -98,9 +112,7 @@ def test_delta_of_a_step_equals_loops(form, tokens, shared_rank):
             torch.testing.assert_close(
                 found.double(), by_loops(y, x, a, b, step, h0, decision, starts, bare), rtol=1e-5, atol=1e-5
             )
-            without = torch.ones(tokens, dtype=torch.bool, device=DEVICE)
-            for i in range(REQUESTS):
-                without[starts[i] : starts[i + 1]] = bare[i]
+            without = without_adapter(starts, bare, tokens)
             assert torch.equal(found[without], y[without])  # to the bit
             assert (found[~without] != y[~without]).any(1).all()
 
@@ -154,3 +166,167 @@ def test_the_operation_is_one_that_torch_compile_keeps():
         return out + 1
 
     torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(y), run(y))
+
+
+# --- base and experts together -----------------------------------------------------------------------------------------
+
+SMALL = {"r": 1, "num_experts": 3, "shared_rank": 1}  # so few ranks that all may be read for a token
+# form, tokens, dtype, settings
+FORMS = [
+    ("decode", 1, torch.bfloat16, {"shared_rank": 0}),
+    ("decode", 3, torch.float32, {"shared_rank": 0}),
+    ("decode", 8, torch.float32, {"shared_rank": 0}),
+    ("crowd", 1, torch.bfloat16, SMALL),
+    ("crowd", 6, torch.bfloat16, {"shared_rank": 0}),
+    ("crowd", 8, torch.float32, SMALL),
+    ("crowd", 9, torch.float32, {"shared_rank": 0}),
+    ("crowd", 64, torch.float32, {}),
+    ("tiles", 1, torch.float32, {}),
+    ("tiles", 8, torch.float32, {}),
+    ("tiles", 65, torch.float32, {}),
+]
+
+
+def check_layers(step, tokens, dtype, widths=OUT, bare=(False, True, False, False)):
+    """The layers of a step, one a decision, against loops; tokens without adapter against the same layer with other experts."""
+    step.set_bare(list(bare))
+    starts = spread(tokens, padding=tokens // 6)
+    h0, _, x, a, b = case(tokens, dtype, step, widths)
+    weight = torch.randn(sum(widths), IN, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    base, tolerance = x.double() @ weight.double().T, {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    without = without_adapter(starts, bare, tokens)
+
+    def compute(b, decision):
+        return linear_by_kernels(x, weight, a, b, step.routing, step.room, step.rows[decision], decision, step.shape)
+
+    step.route(h0, starts)
+    found = [compute(b, decision) for decision in range(step.shape.decisions)]
+    step.route(h0, starts)
+    others = [compute([-b_m for b_m in b], decision) for decision in range(step.shape.decisions)]
+    for decision, (y, other) in enumerate(zip(found, others, strict=True)):
+        right = by_loops(base, x, a, b, step, h0, decision, starts, bare)
+        torch.testing.assert_close(y.double(), right, rtol=tolerance, atol=tolerance)
+        assert torch.equal(y[without], other[without])  # to the bit
+        assert (y[~without] != other[~without]).any(1).all()
+
+
+@pytest.mark.parametrize(("form", "tokens", "dtype", "settings"), FORMS)
+def test_a_whole_linear_equals_loops(form, tokens, dtype, settings):
+    step = make_step(dtype, kernels=True, max_tokens=70, widths=OUT, **settings)
+    assert Group(IN, OUT, dtype, step.shape).form(tokens) == form
+    check_layers(step, tokens, dtype)
+
+
+@pytest.mark.parametrize(("form", "widths"), [("tiles", OUT), ("matmul", OUT), ("matmul", (32, 16))])
+def test_forms_of_larger_linears(form, widths, monkeypatch):
+    """A matmul of ours, and one whose rows it cannot read."""
+    monkeypatch.setattr(Group, "form", lambda *_: form)
+    step = make_step(torch.bfloat16, kernels=True, widths=widths, num_experts=6)
+    assert all(buffer.numel() == 0 for buffer in step.room)
+    check_layers(step, 20, torch.bfloat16, widths)
+
+
+def test_forms_of_llama_7b():
+    """All experts are read for a few tokens where they are few, and never by `decode` beside a shared one."""
+    for shape, expected in (
+        (Shape(1, 8, 2, 16, 0), {1: "decode", 2: "crowd", 12: "crowd", 64: "crowd", 65: "tiles", 2048: "matmul"}),
+        (Shape(1, 8, 2, 16, 16), {1: "crowd", 8: "crowd", 12: "crowd", 64: "crowd", 65: "tiles"}),
+        (Shape(1, 8, 2, 64, 0), {1: "decode", 12: "crowd", 32: "crowd"}),
+        (Shape(1, 256, 1, 64, 64), {1: "tiles", 8: "tiles", 32: "tiles"}),
+    ):
+        group = Group(4096, (11008, 11008), torch.bfloat16, shape)
+        assert {tokens: group.form(tokens) for tokens in expected} == expected
+
+
+def test_steps_of_all_sizes_in_the_same_buffers():
+    step = make_step(kernels=True, max_tokens=70, widths=OUT, shared_rank=0)
+    for tokens in (64, 1, 9, 70, 8, 1):
+        check_layers(step, tokens, torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [8, 20])
+def test_layers_of_a_step_may_differ(tokens):
+    """Each finds the routing as it reads it, and its own part of the room."""
+    narrow, bare = (7, 8), [False, True, False, False]
+    step = make_step(kernels=True, decisions=1, widths=OUT, shared_rank=0)
+    rows = {
+        OUT: step.rows[0],
+        narrow: step.join(Group(IN, narrow, torch.float32, step.shape)),
+        None: step.join(None),
+    }
+    step.set_bare(bare)
+    starts = spread(tokens, 2)
+    step.route(case(tokens, torch.float32, step)[0], starts)
+    for widths, row in rows.items():
+        h0, y, x, a, b = case(tokens, torch.float32, step, widths or OUT)
+        if widths is None:
+            add_by_kernels(found := y.clone(), x, a, b, [0, OUT[0]], step.routing, 0, step.shape)
+        else:
+            weight = torch.randn(sum(widths), IN, device=DEVICE)
+            y = x.double() @ weight.double().T
+            found = linear_by_kernels(x, weight, a, b, step.routing, step.room, row, 0, step.shape)
+        right = by_loops(y, x, a, b, step, h0, 0, starts, bare)
+        torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_are_sorted_only_for_layers_that_read_tiles():
+    for widths, sorted_at in ((OUT, [65]), (None, [20, 64, 65])):
+        for tokens in (1, 8, 20, 64, 65):
+            step = make_step(kernels=True, max_tokens=65, widths=widths, decisions=1)
+            step.route(torch.randn(tokens, HIDDEN, device=DEVICE), spread(tokens, 0))
+            assert bool((step.routing.order != 1).any()) == (tokens in sorted_at)
+
+
+def test_a_whole_linear_in_plain_pytorch_equals_loops():
+    step = make_step(kernels=False, widths=OUT)
+    starts, bare = spread(7, 1), (False, True, False, False)
+    step.set_bare(list(bare))
+    h0, _, x, a, b = case(7, torch.float32, step)
+    weight = torch.randn(sum(OUT), IN, device=DEVICE)
+    step.route(h0, starts)
+    for decision in range(2):
+        y = linear_dense(x, weight, a, b, step.routing, decision, step.shape)
+        right = by_loops(x.double() @ weight.double().T, x, a, b, step, h0, decision, starts, bare)
+        torch.testing.assert_close(y.double(), right, rtol=1e-5, atol=1e-5)
+
+
+def test_torch_compile_keeps_a_whole_linear():
+    step = make_step(kernels=DEVICE.type == "cuda", decisions=1, widths=OUT)
+    h0, _, x, a, b = case(7, torch.float32, step)
+    weight = torch.randn(sum(OUT), IN, device=DEVICE)
+    routed = (a, b, list(step.routing), list(step.room), step.rows[0], 0, list(step.shape))
+    step.route(h0, spread(7, 0))
+    if DEVICE.type == "cpu":
+        torch.library.opcheck(torch.ops.adafuse.adapted_linear.default, (x[None], weight, *routed))
+
+    def run(x):
+        return torch.ops.adafuse.adapted_linear(x * 2, weight, *routed) + 1
+
+    right = run(x)
+    step.route(h0, spread(7, 0))
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x), right)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 2, 8, 48])
+@pytest.mark.parametrize("shared_rank", [0, 3])
+def test_a_cuda_graph_holds_step_and_linears(tokens, shared_rank):
+    step = make_step(torch.bfloat16, kernels=True, decisions=1, widths=OUT, shared_rank=shared_rank)
+    h0, _, x, a, b = case(tokens, torch.bfloat16, step)
+    weight, starts = torch.randn(sum(OUT), IN, device=DEVICE).bfloat16(), spread(tokens, 0)
+    routed = (a, b, list(step.routing), list(step.room), step.rows[0], 0, list(step.shape))
+
+    def run():
+        step.route(h0, starts)
+        return torch.ops.adafuse.adapted_linear(x, weight, *routed)
+
+    run()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    for _ in range(3):
+        x.normal_()
+        h0.normal_()
+        graph.replay()
+        right = by_loops(x.double() @ weight.double().T, x, a, b, step, h0, 0, starts, [False] * REQUESTS)
+        torch.testing.assert_close(y.double(), right, rtol=3e-2, atol=6e-2)

@@ -1,7 +1,8 @@
 """linears: each adapted linear of vLLM's model gets its tensor-parallel shard of the experts, and adds them to its
 output.
 
-A mixin goes in front of the class of the layer's own `quant_method`, so any quantisation keeps working:
+A mixin goes in front of the class of the layer's own `quant_method`. One computes base and experts together, from
+plain weights on a GPU; the other adds the experts to what the method makes, so any quantisation keeps working:
 y = base(x) + delta(x). Nothing is communicated for it: a column-parallel linear has all of A and its rows of B; a
 row-parallel one its columns of A and all of B, and its delta is part of the sum over ranks that follows anyway.
 """
@@ -17,8 +18,10 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
+    UnquantizedLinearMethod,
 )
 
+from adafuse.integrations.vllm.op import Group
 from adafuse.integrations.vllm.routing import Step
 
 
@@ -36,34 +39,47 @@ class Piece(NamedTuple):
     features: tuple[int, int]
 
 
-class AdaptedMethod:
+class AddedMethod:
     """Mixed in front of a layer's linear method: the experts' part is added to what the method computes."""
 
     def apply(self, layer, x, bias=None):
         y = super().apply(layer, x, bias)
         adapter = layer.adafuse
-        torch.ops.adafuse.add_delta(
-            y,
-            x,
-            [getattr(layer, name) for name in adapter.a],
-            [getattr(layer, name) for name in adapter.b],
-            adapter.columns,
-            [getattr(layer, name) for name in adapter.routing],
-            adapter.decision,
-            adapter.shape,
-        )
+        a, b, routing = (_buffers(layer, names) for names in adapter[:3])
+        torch.ops.adafuse.add_delta(y, x, a, b, adapter.columns, routing, adapter.decision, adapter.shape)
         return y
 
 
+class WholeMethod:
+    """Mixed in front of a layer's linear method: base and experts are computed together, without the method."""
+
+    def apply(self, layer, x, bias=None):
+        adapter = layer.adafuse
+        a, b, routing, room = (_buffers(layer, names) for names in adapter[:4])
+        y = torch.ops.adafuse.adapted_linear(
+            x, layer.weight, a, b, routing, room, adapter.row, adapter.decision, adapter.shape
+        )
+        return y if bias is None else y + bias
+
+
 class Adapter(NamedTuple):
-    """What a layer knows of its adapter: names of its buffers, and numbers."""
+    """What a layer knows of its adapter: names of its buffers, and numbers.
+
+    columns: where the outputs of each piece begin. row: the layer's, of the room.
+    """
 
     a: list[str]
     b: list[str]
-    columns: list[int]
     routing: list[str]
+    room: list[str]
+    columns: list[int]
+    row: int
     decision: int
     shape: list[int]
+
+
+def _buffers(layer, names):
+    return [getattr(layer, name) for name in names]
 
 
 def place(path: str) -> tuple[int, str] | None:
@@ -141,12 +157,34 @@ def adapt(layer: LinearBase, found: list[Piece], tensors: dict, step: Step, deci
             moved = tensor.to(step.device, step.h0.dtype, copy=True).contiguous()
             layer.register_buffer(buffer, moved, persistent=False)
             (a if name == "a" else b).append(buffer)
-    routing = [f"adafuse_{name}" for name in step.routing._fields]
-    for name, buffer in zip(routing, step.routing, strict=True):
-        layer.register_buffer(name, buffer, persistent=False)
+    group = _group(layer, found, step)
+    row = step.join(group)
+    routing, room = _register(layer, step.routing), _register(layer, step.room)
     columns = [piece.column for piece in found]
-    layer.adafuse = Adapter(a, b, columns, routing, decision, list(step.shape))
-    layer.quant_method = _adapted(layer.quant_method)
+    layer.adafuse = Adapter(a, b, routing, room, columns, row, decision, list(step.shape))
+    layer.quant_method = _adapted(layer.quant_method, AddedMethod if group is None else WholeMethod)
+
+
+def _register(layer, buffers: NamedTuple) -> list[str]:
+    """The buffers' names in the layer."""
+    names = [f"adafuse_{name}" for name in buffers._fields]
+    for name, buffer in zip(names, buffers, strict=True):
+        layer.register_buffer(name, buffer, persistent=False)
+    return names
+
+
+def _group(layer, found, step) -> Group | None:
+    """The linears of a layer that computes base and experts together; None for a layer that does not."""
+    widths = tuple(piece.rows.stop - piece.rows.start for piece in found)
+    if not _is_plain(layer, step) or sum(widths) != len(layer.weight):  # each of its linears must be adapted
+        return None
+    return Group(layer.weight.shape[1], widths, layer.weight.dtype, step.shape)
+
+
+def _is_plain(layer, step) -> bool:
+    """Whether y = W x is all that the base does, with a W that the kernels can read."""
+    plain = step.device.type == "cuda" and type(layer.quant_method) is UnquantizedLinearMethod
+    return plain and layer.weight.dtype == step.h0.dtype and layer.weight.is_contiguous()
 
 
 def _shard(bank: dict, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,9 +197,9 @@ def _shard(bank: dict, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
     return a, b
 
 
-def _adapted(method):
-    """The same method, of a class with AdaptedMethod in front. The name stays: vLLM knows some methods by it."""
+def _adapted(method, mixin):
+    """The same method, of a class with the mixin in front. The name stays: vLLM knows some methods by it."""
     cls = type(method)
-    adapted = object.__new__(type(cls.__name__, (AdaptedMethod, cls), {"__module__": cls.__module__}))
+    adapted = object.__new__(type(cls.__name__, (mixin, cls), {"__module__": cls.__module__}))
     adapted.__dict__.update(method.__dict__)
     return adapted

@@ -1,24 +1,34 @@
-"""op: `torch.ops.adafuse.add_delta`, the one operation that an adapted linear adds to a model's graph. Knows no vLLM.
+"""op: the operations that an adapted linear is in a model's graph, one a layer. Knows no vLLM.
 
     y[t, columns of m] += sum_j scale(t, j) * B_m[row(t, j)] (A_m[row(t, j)] x[t])    for each linear m that reads x
 
-Behind it: on a CUDA device the kernels of `ops.decode` for few tokens and of `ops.batch` beyond, elsewhere a dense
-form in plain PyTorch. The routing comes in the buffers of a `Step`, which stay where they are, so that a CUDA graph
-can hold the operation.
+`torch.ops.adafuse.add_delta` adds this to what the base made; on a CUDA device by the kernels of `ops.decode` for few
+tokens and of `ops.batch` beyond. `adapted_linear` makes y = W x and adds it, for weights that our kernels can read;
+on a CUDA device by those of `fused`. Elsewhere both have a dense form in plain PyTorch. The routing comes in the
+buffers of a `Step`, which stay where they are, so that a CUDA graph can hold the operations.
 """
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
-from adafuse.execution import FEW_TOKENS
+from adafuse.execution import CROWD_TOKENS, FEW_TOKENS, fused_form
 
+# Up to here `ops.crowd` may read all experts, of the base's weights: with 0.17 it took 0.86 of the time of "tiles" (32 tokens of
+# Llama-2-7B, r 64, docs/kernels.md), which take 1.3 to 1.5 times that of the base.
+CROWD_READS = 0.25
 _library = torch.library.Library("adafuse", "FRAGMENT")
 _library.define(
     "add_delta(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, int[] columns, Tensor[] routing, int decision, "
     "int[] shape) -> ()"
+)
+# Functional for a graph, though programs of one launch hand things over in `room`: no other operation reads the layer's row.
+_library.define(
+    "adapted_linear(Tensor x, Tensor weight, Tensor[] a, Tensor[] b, Tensor[] routing, Tensor[] room, int row, "
+    "int decision, int[] shape) -> Tensor"
 )
 
 
@@ -55,6 +65,50 @@ class Routing(NamedTuple):
     blocks: torch.Tensor
 
 
+class Room(NamedTuple):
+    """The buffers in which programs of one launch hand things over, int32 [layers, of the one that needs most]: each layer has a row.
+
+    h: holds EMPTY before a launch of `ops.decode`. flags: hold 0 before one of `ops.crowd`.
+    """
+
+    h: torch.Tensor
+    flags: torch.Tensor
+
+
+class Group(NamedTuple):
+    """The linears of a layer that computes base and experts together: they read one input, and all are adapted.
+
+    widths: outputs of each, on this rank; their weights lie one below the other in the layer's.
+    """
+
+    features: int
+    widths: tuple[int, ...]
+    dtype: torch.dtype
+    shape: Shape
+
+    @classmethod
+    def of(cls, x, b, shape: Shape) -> Group:
+        """From the input and the linears' b."""
+        return cls(x.shape[1], tuple(b_m.shape[1] for b_m in b), x.dtype, shape)
+
+    @property
+    def columns(self) -> list[int]:
+        """Where the outputs of each begin."""
+        return [0, *accumulate(self.widths[:-1])]
+
+    def form(self, tokens: int) -> str:
+        """What computes so many tokens: "decode", "crowd", "matmul", or "tiles": the experts beside the base's own matmul."""
+        out = sum(self.widths)
+        form = fused_form((self.features, out), self.shape, tokens, self.dtype.itemsize)
+        # `decode` has one shared scale for all tokens, but some have no adapter.
+        unfit = form == "decode" and self.shape.shared_rank
+        if tokens > CROWD_TOKENS or not (unfit or form == "tiles"):
+            return form
+        # The estimate is too low for "tiles", and leaves out that a step's tokens are sorted for them.
+        read = self.shape.ranks * (self.features + out) / (self.features * out)
+        return "crowd" if read <= CROWD_READS else "tiles"
+
+
 def view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
     """The first elements of a flat buffer, as a tensor of this shape."""
     size = 1
@@ -87,6 +141,13 @@ def add_dense(y, x, a, b, columns, routing: Routing, decision: int, shape: Shape
             part.add_(h @ b_m)
 
 
+def linear_dense(x, weight, a, b, routing: Routing, decision: int, shape: Shape):
+    """`adapted_linear` in plain PyTorch. x [T, I], weight [O_1 + ... + O_M, I], the others as of `add_dense` -> y."""
+    y = torch.nn.functional.linear(x, weight)
+    add_dense(y, x, a, b, Group.of(x, b, shape).columns, routing, decision, shape)
+    return y
+
+
 def add_by_kernels(y, x, a, b, columns, routing: Routing, decision: int, shape: Shape):
     """`add_delta` by the Triton kernels: arguments as of `add_dense`. No host sync: safe inside a CUDA graph."""
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -100,12 +161,9 @@ def add_by_kernels(y, x, a, b, columns, routing: Routing, decision: int, shape: 
 
 
 def _add_few(parts, x, a, b, routing, decision, shape):
-    from adafuse.ops.chosen import Chosen
     from adafuse.ops.decode import expand, shrink
 
-    size = (shape.decisions, len(x), shape.top_k)
-    experts, weights = (view(buffer, *size)[decision] for buffer in (routing.experts, routing.weights))
-    chosen = Chosen(experts, weights, shape.num_experts, shape.r, shape.shared_rank, shared_scale=1.0)
+    chosen = chosen_of(routing, decision, len(x), shape)
     h = torch.empty(len(x), len(a), chosen.active, dtype=torch.int32, device=x.device)
     shrink(x, tuple(a), chosen, h)
     if shape.shared_rank:  # the kernel knows one scale for all tokens, but some have no adapter
@@ -113,6 +171,15 @@ def _add_few(parts, x, a, b, routing, decision, shape):
         shared.mul_(view(routing.shared, len(x))[:, None, None])
     for m, (b_m, part) in enumerate(zip(b, parts, strict=True)):
         expand(h[:, m], b_m, chosen, part)
+
+
+def chosen_of(routing: Routing, decision: int, tokens: int, shape: Shape):
+    """The `ops.chosen.Chosen` of one decision of a step, as views of its buffers. The shared expert's scale is 1."""
+    from adafuse.ops.chosen import Chosen
+
+    size = (shape.decisions, tokens, shape.top_k)
+    experts, weights = (view(buffer, *size)[decision] for buffer in (routing.experts, routing.weights))
+    return Chosen(experts, weights, shape.num_experts, shape.r, shape.shared_rank, shared_scale=1.0)
 
 
 def tiles(routing: Routing, decision: int, tokens: int, shape: Shape):
@@ -142,20 +209,36 @@ def tile_counts(tokens: int, shape: Shape) -> tuple[int, int, int, int]:
     return block_t, block_r, -(-tokens // block_t), -(-shape.ranks // block_r)
 
 
-def _rows(y, x):
-    return y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+def _rows(x):
+    return x.reshape(-1, x.shape[-1])
 
 
-def _on_cpu(y, x, a, b, columns, routing, decision, shape):
-    y, x = _rows(y, x)
-    add_dense(y, x, a, b, columns, Routing(*routing), decision, Shape(*shape))
+def _add_on_cpu(y, x, a, b, columns, routing, decision, shape):
+    add_dense(y.view(-1, y.shape[-1]), _rows(x), a, b, columns, Routing(*routing), decision, Shape(*shape))
 
 
-def _on_cuda(y, x, a, b, columns, routing, decision, shape):
-    y, x = _rows(y, x)
-    add_by_kernels(y, x, a, b, columns, Routing(*routing), decision, Shape(*shape))
+def _add_on_cuda(y, x, a, b, columns, routing, decision, shape):
+    add_by_kernels(y.view(-1, y.shape[-1]), _rows(x), a, b, columns, Routing(*routing), decision, Shape(*shape))
 
 
-_library.impl("add_delta", _on_cpu, "CPU")
-_library.impl("add_delta", _on_cuda, "CUDA")
+def _linear_on_cpu(x, weight, a, b, routing, room, row, decision, shape):
+    return linear_dense(_rows(x), weight, a, b, Routing(*routing), decision, Shape(*shape)).view(*x.shape[:-1], -1)
+
+
+def _linear_on_cuda(x, weight, a, b, routing, room, row, decision, shape):
+    from adafuse.integrations.vllm.fused import linear_by_kernels
+
+    step = Routing(*routing), Room(*room)
+    return linear_by_kernels(_rows(x), weight, a, b, *step, row, decision, Shape(*shape)).view(*x.shape[:-1], -1)
+
+
+def _linear_of_fakes(x, weight, *_):
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+_library.impl("add_delta", _add_on_cpu, "CPU")
+_library.impl("add_delta", _add_on_cuda, "CUDA")
 torch.library.register_fake("adafuse::add_delta", lambda *_: None, lib=_library)
+_library.impl("adapted_linear", _linear_on_cpu, "CPU")
+_library.impl("adapted_linear", _linear_on_cuda, "CUDA")
+torch.library.register_fake("adafuse::adapted_linear", _linear_of_fakes, lib=_library)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from adafuse.config import AdaFuseConfig
-from adafuse.integrations.vllm.op import Routing, Shape, few, tile_counts, view
+from adafuse.execution import CROWD_TOKENS
+from adafuse.integrations.vllm.op import Group, Room, Routing, Shape, few, tile_counts, view
 from adafuse.router import Router
 
 ROUTE_TOKENS = 64  # up to here the two launches of `ops.route` are quicker than a dozen of PyTorch
@@ -20,7 +21,7 @@ class Step:
     router: fp32, where the tokens are. max_tokens: of a step. max_requests: of a step. A request is adapted unless
     `set_bare` said otherwise; tokens that pad a step to a captured size are of no request and get no adapter.
     kernels: whether the linears run the Triton kernels (None: on a CUDA device) or the dense form; they read
-    different buffers.
+    different buffers. Each layer joins before the first step, and runs once in each.
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class Step:
         self._token = torch.arange(max_tokens, dtype=torch.int32, device=device)
         self._kernels = device.type == "cuda" if kernels is None else kernels
         self.routing = self._buffers(device)
+        self.room = Room(*(torch.empty(0, 0, dtype=torch.int32, device=device) for _ in Room._fields))
+        self._groups = set()
 
     def _buffers(self, device) -> Routing:
         d, tokens, shape = self.shape.decisions, self.max_tokens, self.shape
@@ -59,6 +62,21 @@ class Step:
             counts=torch.zeros(counts, **ints),
             blocks=torch.zeros(blocks, **ints),
         )
+
+    def join(self, group: Group | None) -> int:
+        """A layer will read this step; its row of `room`.
+
+        group: what it computes, base and experts together; None: it adds its experts to what the base made.
+        """
+        self._groups.add(group)
+        row = len(self.room.h)
+        if self._kernels and group is not None:
+            from adafuse.integrations.vllm.fused import room_of
+            from adafuse.ops.launch import processors
+
+            for buffer, size in zip(self.room, room_of(group, self.max_tokens, processors(self.h0)), strict=True):
+                buffer.resize_(row + 1, max(buffer.shape[1], size))  # the same tensor, which the layers before have
+        return row
 
     def set_bare(self, bare: list[bool]):
         """Which requests of the batch, by their place in it, use the base alone. One copy, without a wait."""
@@ -85,8 +103,13 @@ class Step:
         weights.mul_(active[:, None])
         torch.mul(active, self.config.shared_scale, out=view(self.routing.shared, tokens))
         self._count(experts, active)
-        if not self._kernels or not few(tokens):
-            self._lay_out(experts, weights)
+        read = self._read(tokens)
+        if "tiles" in read:
+            self._write_tiles(experts, weights)
+        elif "gates" in read:
+            self._write_gates(experts, weights)
+        if self._kernels and tokens <= CROWD_TOKENS:
+            self._empty_room()
         buffer = self.h0[:tokens]
         buffer.copy_(h0)
         return buffer
@@ -129,19 +152,36 @@ class Step:
         chosen = active.to(torch.int64)[:, None].expand(experts.shape[1:]).reshape(1, -1)
         self.load.scatter_add_(1, experts.flatten(1).long(), chosen.expand(len(experts), -1))
 
-    def _lay_out(self, experts, weights):
-        """The routing as the dense form and the kernels for many tokens read it."""
-        shape, tokens = self.shape, experts.shape[1]
-        if self._kernels:
-            from adafuse.ops.batch import lay_out
+    def _read(self, tokens) -> set[str]:
+        """How the layers read the routing of so many tokens: "chosen" (experts and weights), "gates", or "tiles"."""
+        if not self._kernels:
+            return {"gates"}
+        forms = {"tiles" if group is None else group.form(tokens) for group in self._groups}
+        beside = "chosen" if few(tokens) else "tiles"
+        return {{"decode": "chosen", "crowd": "gates"}.get(form, beside) for form in forms}
 
-            ranks = {"num_experts": shape.num_experts, "r": shape.r, "shared_rank": shape.shared_rank}
-            found = lay_out(experts, weights, **ranks)
-            for name in ("order", "counts", "blocks", "gates"):
-                part = getattr(found, name)
-                view(getattr(self.routing, name), *part.shape).copy_(part)
-            gates = view(self.routing.gates, *found.gates.shape)
-        else:
-            gates = view(self.routing.gates, shape.decisions, tokens, shape.num_experts + 1).zero_()
-            gates.scatter_(-1, experts.long(), weights)
-        gates[..., -1] = view(self.routing.shared, tokens)
+    def _write_gates(self, experts, weights):
+        gates = view(self.routing.gates, *experts.shape[:2], self.shape.num_experts + 1).zero_()
+        gates.scatter_(-1, experts.long(), weights)
+        self._write_shared(gates)
+
+    def _write_tiles(self, experts, weights):
+        """The gates too."""
+        from adafuse.ops.batch import lay_out
+
+        shape = self.shape
+        found = lay_out(experts, weights, num_experts=shape.num_experts, r=shape.r, shared_rank=shape.shared_rank)
+        for name in ("order", "counts", "blocks", "gates"):
+            part = getattr(found, name)
+            view(getattr(self.routing, name), *part.shape).copy_(part)
+        self._write_shared(view(self.routing.gates, *found.gates.shape))
+
+    def _write_shared(self, gates):
+        gates[..., -1] = view(self.routing.shared, gates.shape[1])
+
+    def _empty_room(self):
+        """For the launches of all layers at once."""
+        from adafuse.ops.decode import EMPTY
+
+        self.room.h.fill_(EMPTY.value)
+        self.room.flags.zero_()
