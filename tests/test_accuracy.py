@@ -1,7 +1,10 @@
 """The accuracy study in miniature, on a tiny random model and two domains written here; its parts against slow, obvious ones."""
 
+import argparse
+import copy
 import json
 import sys
+from collections import Counter
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +21,10 @@ import accuracy.evaluate
 import accuracy.train
 from accuracy import methods, study
 from accuracy.batches import buckets_of, widths_of
-from accuracy.choose import choose
+from accuracy.choose import RATES as ALL_RATES
+from accuracy.choose import choose, search_runs, summary, tune_runs
 from accuracy.evaluate import Evaluation, pack, unpack
-from accuracy.forward import Answers
+from accuracy.forward import Answers, divergence_of
 from accuracy.graphs import Replayed
 from accuracy.heatmap import draw, overlap, shares_of
 from accuracy.items import SPLITS, make_items, read_items
@@ -76,15 +80,18 @@ def tiny(places, tmp_path):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Fewer methods and variants, small enough for the tiny model."""
+    """Fewer methods and forms, small enough for the tiny model."""
     two = {"num_experts": 4, "r": 2, "top_k": 2}
     chosen = {
         "base": methods.METHODS["base"],
         "lora_active": methods.lora("active", **two),
         "pregate_paper": methods.pregate(**two),
     }
-    variants = {"layer": methods.pregate(**two, routing="layer"), "slow_router": methods.pregate(0.1, **two)}
-    for registry, entries in ((methods.METHODS, chosen), (methods.SEARCH, variants)):
+    forms = {
+        "layer": methods.pregate(**two, routing="layer"),
+        "distilled": methods.pregate(**two, teacher="lora_active"),
+    }
+    for registry, entries in ((methods.METHODS, chosen), (methods.SEARCH, forms)):
         for name in list(registry):
             monkeypatch.delitem(registry, name)
         for name, method in entries.items():
@@ -111,14 +118,17 @@ def test_the_whole_study(places, small, tmp_path, capsys):
     assert command("tune", places, folder) == 1
     assert "study.py items" in capsys.readouterr().err
     tokenise(places, folder)
-    assert command("final", places, folder) == 1  # nothing was tuned
-    assert "finish `tune`" in capsys.readouterr().err
+    for phase in ("search", "final"):  # nothing was tuned
+        assert command(phase, places, folder) == 1
+        assert "finish `tune`" in capsys.readouterr().err
     assert command("tune", places, folder, "--budget-s", "0") == study.RUNS_LEFT
     assert command("tune", places, folder) == 0
+    assert command("final", places, folder) == 1  # nothing was searched
+    assert "finish `search`" in capsys.readouterr().err
     assert command("search", places, folder) == 0
     assert command("all", places, folder, "--seeds", "1", "--budget-s", "0") == study.RUNS_LEFT  # tuned already
     assert not list(folder.glob("final-*"))
-    assert all(result["score"]["items"] == 24 for result in results_of(folder, "search"))  # validation, not test
+    check_search(folder)
     printed = capsys.readouterr().out
     assert "final: 0 of 4 runs are done" in printed
     assert "best at an end of the rates" in printed
@@ -133,6 +143,21 @@ def test_the_whole_study(places, small, tmp_path, capsys):
     routing = out.with_name("routing.json")
     assert summed_up("heatmap", folder, "--out", str(routing)) == 0
     check_heatmap(json.loads(routing.read_text())["rows"])
+
+
+def check_search(folder):
+    """On validation, not on test; and the teacher was what `tune` had trained at that rate from that seed."""
+    results = {result["method"]: result for result in results_of(folder, "search")}
+    assert {result["score"]["items"] for result in results.values()} == {24}
+    assert {result["seed"] for result in results.values()} == {0}
+    teacher = results["distilled"]["teacher"]
+    same = [
+        result["train"]["final_loss"]
+        for result in results_of(folder, "tune")
+        if (result["method"], result["learning_rate"], result["seed"]) == ("lora_active", teacher["learning_rate"], 0)
+    ]
+    assert same == [teacher["final_loss"]]
+    assert "teacher" not in results["layer"]
 
 
 def check_heatmap(rows):
@@ -256,7 +281,7 @@ def test_two_at_a_time_keep_to_the_budget(tmp_path):
 def test_workers_do_what_one_process_does(places, tmp_path):
     """Two processes against one: the same scores, run by run."""
     tokenise(places, tmp_path / "one")
-    chosen = ["--methods", "lora_active", "pregate_paper"]
+    chosen = ["--methods", "lora_active", "pregate_paper", "--rates", "0.001"]
     assert command("tune", places, tmp_path / "one", *chosen) == 0
     assert command("tune", places, tmp_path / "two", *chosen, "--workers", "2") == 0
     one, two = (results_of(tmp_path / name, "tune") for name in ("one", "two"))
@@ -271,23 +296,88 @@ def test_a_folder_holds_one_study(tmp_path):
         check_study(tmp_path, {"epochs": 2, "base": "a"})
 
 
+def tried(folder, run, accuracy):
+    """Leaves what is read of the result of a run on validation."""
+    write_json(folder / run.file, {**vars(run), "score": {"accuracy": {"mean": accuracy}}})
+
+
+def all_tuned(folder, best):
+    """A finished `tune` of all methods, each with its best at the rate best[method], 0.002 for one not in there."""
+    for run in tune_runs(methods.METHODS, ALL_RATES):
+        tried(folder, run, 0.6 if run.learning_rate == best.get(run.method, 0.002) else 0.5)
+
+
+def runs_of(phase, folder):
+    options = argparse.Namespace(runs=folder, methods=None, rates=ALL_RATES, seeds=study.SEEDS)
+    return study.runs_of(options, phase)
+
+
 def test_choices_are_fixed_once(small, tmp_path):
-    def tried(name, rate, accuracy):
-        run = Run("tune", name, rate, 0, name)
-        write_json(tmp_path / run.file, {**vars(run), "score": {"accuracy": {"mean": accuracy}}})
+    def tried_from(name, rate, *accuracies):
+        for seed, mean in zip((0, 100), accuracies, strict=True):
+            tried(tmp_path, Run("tune", name, rate, seed, name), mean)
 
     for name in ("lora_active", "pregate_paper"):
-        tried(name, 0.1, 0.5)
-    with pytest.raises(ValueError, match=r"lora_active was not tried on validation at \[0.2\]"):
+        tried_from(name, 0.1, 0.5, 0.3)
+    with pytest.raises(ValueError, match=r"2 of 4 .*tune-lora_active-lr0.2-seed0.json; finish `tune`"):
         choose(tmp_path, ["lora_active"], [0.1, 0.2])
-    tried("lora_active", 0.2, 0.5)
-    assert (
-        choose(tmp_path, ["lora_active"], [0.1, 0.2])["lora_active"]["learning_rate"] == 0.1
-    )  # ties to the lower rate
+    tried_from("lora_active", 0.2, 0.3, 0.5)
+    tied = choose(tmp_path, ["lora_active"], [0.2, 0.1])
+    assert tied["lora_active"]["learning_rate"] == 0.1  # the lower one
     choose(tmp_path, ["lora_active", "pregate_paper"], [0.1])
-    tried("lora_active", 0.2, 0.6)
+    tried_from("lora_active", 0.2, 0.3, 0.6)
     with pytest.raises(ValueError, match="fixed other settings of lora_active"):
         choose(tmp_path, ["lora_active"], [0.1, 0.2])
+
+
+def test_the_best_mean_over_the_seeds_is_taken(small, tmp_path):
+    """The best single run is at 0.3, and it diverged from the other seed."""
+    runs = tune_runs(["lora_active"], [0.1, 0.2, 0.3])
+    found = {(0.1, 0): 0.4, (0.1, 100): 0.4, (0.2, 0): 0.3, (0.2, 100): 0.6, (0.3, 0): 0.8, (0.3, 100): 0.0}
+    for run in runs[:4]:
+        tried(tmp_path, run, found[run.learning_rate, run.seed])
+    (line,) = summary(tmp_path, runs)
+    assert " ".join(line.split()) == "lora_active 0.1: 40.00% 0.2: 30.00% 0.3: 80.00% best at an end of the rates"
+    for run in runs[4:]:
+        tried(tmp_path, run, found[run.learning_rate, run.seed])
+    assert choose(tmp_path, ["lora_active"], [0.1, 0.2, 0.3])["lora_active"] == {
+        "built_as": "lora_active",
+        "learning_rate": 0.2,
+        "teacher_rate": 0.0,
+        "validation": pytest.approx(0.45),
+    }
+    (line,) = summary(tmp_path, runs)
+    assert " ".join(line.split()) == "lora_active 0.1: 40.00% 0.2: 45.00% 0.3: 40.00%"
+
+
+def test_every_method_has_as_many_trials(tmp_path):
+    tune = runs_of("tune", tmp_path)
+    assert set(Counter(run.method for run in tune).values()) == {12}
+    assert [run.method for run in tune[:10]] == [name for name in methods.METHODS if name != "base"]
+    with pytest.raises(ValueError, match="finish `tune`"):
+        search_runs(tmp_path, ALL_RATES)
+    all_tuned(tmp_path, {"pregate_paper": 0.001, "layerwise": 0.004})
+    search = runs_of("search", tmp_path)
+    assert len(search) == 12
+    assert {(run.learning_rate, run.seed) for run in search} == {(0.001, 0)}
+    assert {run.method: run.teacher_rate for run in search if run.teacher_rate} == {"layer_fine_distilled": 0.004}
+    with pytest.raises(ValueError, match="finish `search`"):
+        runs_of("final", tmp_path)
+    for run in search:
+        tried(tmp_path, run, 0.5 + 0.1 * (run.method == "layer_fine_distilled"))
+    final = runs_of("final", tmp_path)
+    assert len({run.file for run in (*tune, *search, *final)}) == 188  # and none writes over another one's file
+    assert not {run.seed for run in final} & {run.seed for run in tune}
+    best = {(run.built_as, run.learning_rate, run.teacher_rate) for run in final if run.method == "pregate_best"}
+    assert best == {("layer_fine_distilled", 0.001, 0.004)}
+
+
+def test_another_teacher_is_another_run(tmp_path):
+    all_tuned(tmp_path, {"layerwise": 0.004})
+    before = search_runs(tmp_path, ALL_RATES)
+    all_tuned(tmp_path, {"layerwise": 0.001})
+    differing = {run.file for run in search_runs(tmp_path, ALL_RATES)} ^ {run.file for run in before}
+    assert differing == {f"search-layer_fine_distilled-lr0.002-seed0-teacher{rate}.json" for rate in ("0.004", "0.001")}
 
 
 def test_formats_agree(tiny, places):
@@ -333,9 +423,9 @@ def test_no_mask_is_needed(tiny):
     for bucket in buckets:
         for i in range(len(bucket.batches)):
             batch = bucket.batches[i]
-            found.append(answers.nll(batch)[0])
+            found.append(answers.nll(batch))
             noise = torch.where(batch.mask == 1, batch.ids, torch.randint_like(batch.ids, 1, 257))
-            torch.testing.assert_close(answers.nll(replace(batch, ids=noise))[0], found[-1])
+            torch.testing.assert_close(answers.nll(replace(batch, ids=noise)), found[-1])
     answers.close()
     torch.testing.assert_close(found, expected)
     assert base.config._attn_implementation == "sdpa"
@@ -360,14 +450,20 @@ class NoQuestions(TorchDispatchMode):
 def test_a_step_asks_nothing_of_the_device(tiny, name):
     base, _, items = tiny
     base.requires_grad_(False)
-    model = (methods.METHODS | methods.SEARCH)[name].build(base).train()
+    method = (methods.METHODS | methods.SEARCH)[name]
+    teacher = methods.METHODS[method.teacher].build(load(base)) if method.teacher else None
+    model = method.build(base).train()
     pairs = items.train.pairs(right_only=True)
     batch = buckets_of(pairs, [64], [8])[0].batches[0]
-    step = _Step(model, TrainSettings(batch=8), 8.0, torch.device("cpu"))
+    step = _Step(model, TrainSettings(learning_rate=0.002, batch=8), 8.0, torch.device("cpu"), teacher)
     with NoQuestions():
-        step.run(batch)
+        losses = torch.stack([step.run(batch).clone() for _ in range(4)])
     step.close()
+    assert losses[-1] < losses[0]
     assert all(parameter.grad is None for parameter in model.parameters())
+    if teacher is not None:
+        assert not teacher.training
+        assert not any(bank.b.any() for bank in teacher.banks.values())  # as it was: it does not learn
 
 
 def test_a_mask_would_ask(tiny):
@@ -407,15 +503,17 @@ def test_packing():
     assert np.array_equal(unpack(pack(correct), 21), correct)
 
 
-def test_training_is_the_plain_loop(tiny, small):
+@pytest.mark.parametrize("taught", [False, True])
+def test_training_is_the_plain_loop(tiny, small, taught):
     """The same parameters as a loop in plain PyTorch: masked forward, loss by hand, torch's AdamW with float learning rates."""
     base, _, items = tiny
+    teacher = awake(methods.pregate(num_experts=2, r=4, top_k=1).build(load(base))) if taught else None
     pairs = items.train.pairs(right_only=True)
     settings = TrainSettings(learning_rate=0.01, router_lr_ratio=0.5, epochs=1, batch=8, clip=0.05, seed=3)
     ours, theirs = (methods.METHODS["pregate_paper"].build(load(base)) for _ in range(2))
     theirs.load_adapter_tensors(ours.adapter_tensors())
-    result = train(ours, pairs, settings)
-    losses = plain_loop(theirs, pairs, settings)
+    result = train(ours, pairs, settings, teacher)
+    losses = plain_loop(theirs, pairs, settings, teacher)
     assert result["steps"] == len(losses)
     assert result["final_loss"] == pytest.approx(losses[-1], rel=1e-4)
     assert result["final_loss"] < result["first_loss"]
@@ -430,7 +528,14 @@ def load(base):
     return twin
 
 
-def plain_loop(model, pairs, settings):
+def awake(model):
+    """With experts that do something: a fresh B is zero."""
+    for bank in model.banks.values():
+        torch.nn.init.normal_(bank.b, std=0.3)
+    return model
+
+
+def plain_loop(model, pairs, settings, teacher=None):
     routers = list(model.router.parameters())
     others = [p for bank in model.banks.values() for p in bank.parameters()]
     optimizer = torch.optim.AdamW([{"params": others}, {"params": routers}], lr=1.0, weight_decay=0.0, foreach=False)
@@ -440,15 +545,98 @@ def plain_loop(model, pairs, settings):
     for i, (bucket, number) in enumerate(schedule):
         batch = buckets[bucket].batches[number]
         output = model(input_ids=batch.ids, attention_mask=batch.mask, output_router_logits=True)
-        nll = -output.logits.flatten(0, 1).log_softmax(-1)[batch.slots, batch.targets] * batch.weights
+        log_p = output.logits.flatten(0, 1).log_softmax(-1)[batch.slots]
+        nll = -log_p[torch.arange(len(log_p)), batch.targets] * batch.weights
+        lost = nll
+        if teacher is not None:
+            with torch.no_grad():
+                q = (
+                    teacher(input_ids=batch.ids, attention_mask=batch.mask)
+                    .logits.flatten(0, 1)[batch.slots]
+                    .softmax(-1)
+                )
+            lost = 0.5 * nll + 0.5 * (q * (q.log() - log_p)).sum(-1) * batch.weights
         optimizer.zero_grad()
-        (nll.sum() / (settings.batch * mean_tokens) + 0.01 * output.aux_loss).backward()
+        (lost.sum() / (settings.batch * mean_tokens) + 0.01 * output.aux_loss).backward()
         torch.nn.utils.clip_grad_norm_([*others, *routers], settings.clip)
         rate = settings.learning_rate * settings.factor(i, len(schedule))
         optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, rate * settings.router_lr_ratio
         optimizer.step()
         losses.append((nll.sum() / batch.weights.sum()).item())
     return losses
+
+
+def test_a_student_of_itself_learns_nothing_from_it(tiny):
+    """KL is 0 where the two are the same, and its gradient too: what is left is half of the plain loss's."""
+    base, _, items = tiny
+    batch = buckets_of(items.train.pairs(right_only=True), [64], [8])[0].batches[0]
+    form = methods.pregate(num_experts=4, r=2, top_k=2, aux_loss_coef=0.0)
+    model = awake(form.build(base)).train()
+    gradients = []
+    for teacher in (None, copy.deepcopy(model)):
+        student = copy.deepcopy(model)
+        step = _Step(student, TrainSettings(batch=8, clip=1e9), 8.0, torch.device("cpu"), teacher)
+        step.run(batch)
+        gradients.append(student.adapter_tensors(grad=True))
+        step.close()
+    for name, alone in gradients[0].items():
+        assert alone.any()
+        torch.testing.assert_close(2 * gradients[1][name], alone, msg=name)
+    logits = torch.randn(len(batch.slots), 257)
+    assert not divergence_of(logits, logits, batch).any()
+    other = divergence_of(logits, logits.flip(-1), batch)
+    assert torch.equal(other > 0, batch.weights > 0)
+
+
+def test_a_token_router_is_the_loop(tiny):
+    """Decision by decision, from the concatenated input and the concatenated weights."""
+    base, _, items = tiny
+    model = methods.SEARCH["layer_fine_token"].build(base)
+    router, ids = model.router, buckets_of(items.train.pairs(right_only=True), [64], [8])[0].batches[0].ids
+    with torch.no_grad():
+        router.embedding.normal_()
+    routing, h0 = model.route(ids), model.hidden_before_blocks(ids)
+    weight = torch.cat([router.weight, router.token_weight], dim=1).view(4, 64, -1).detach()
+    for b, s in ((0, 0), (3, 5), (7, 20)):
+        x = h0[b, s] / (h0[b, s].square().mean() + 1e-6).sqrt()
+        for d in range(4):
+            p = (weight[d] @ torch.cat([x, router.embedding[ids[b, s]].detach()])).softmax(0)
+            best, experts = p.topk(16)
+            assert torch.equal(routing.experts[b, s, d], experts)
+            torch.testing.assert_close(routing.weights[b, s, d], best / best.sum())
+
+
+def test_a_token_router_starts_as_the_plain_one(tiny):
+    """The same decisions bit for bit; and its embeddings learn, those of the tokens seen alone, with the routers' rate."""
+    base, _, items = tiny
+    built = {}
+    for name in ("layer_fine", "layer_fine_token"):
+        torch.manual_seed(0)
+        built[name] = methods.SEARCH[name].build(load(base))
+    model, batch = built["layer_fine_token"], buckets_of(items.train.pairs(right_only=True), [64], [8])[0].batches[0]
+    plain, ours = (built[name].route(batch.ids) for name in built)
+    assert torch.equal(plain.experts, ours.experts)
+    assert torch.equal(plain.weights, ours.weights)
+    step = _Step(model.train(), TrainSettings(router_lr_ratio=3.0, batch=8), 8.0, torch.device("cpu"))
+    assert any(p is model.router.embedding for p in step._optimizer.param_groups[1]["params"])
+    for _ in range(2):  # at first B is zero, so that routing changes nothing
+        step.run(batch)
+    step.close()
+    learned = model.router.embedding.any(-1)
+    assert set(learned.nonzero().flatten().tolist()) == set(batch.ids[batch.mask == 1].tolist())
+    found = methods.SEARCH["layer_fine_token"].account(model)
+    before = methods.SEARCH["layer_fine"].account(built["layer_fine"])
+    assert found.trainable - before.trainable == model.router.embedding.numel() + model.router.token_weight.numel()
+    assert found.bytes_per_token - before.bytes_per_token == 4 * (64 + model.router.token_weight.numel())
+
+
+@pytest.mark.parametrize("factor", [0.1, 4])
+def test_the_routers_first_weights(tiny, factor):
+    weights = []
+    for name in ("layer_fine", f"layer_fine_init_{factor}"):
+        torch.manual_seed(0)
+        weights.append(methods.SEARCH[name].build(load(tiny[0])).router.weight)
+    torch.testing.assert_close(weights[1], factor * weights[0])
 
 
 def without_dropout(model):
@@ -470,15 +658,22 @@ def test_graphs_replay_what_eager_steps_do(tiny, places, monkeypatch, name):
             monkeypatch.setattr(
                 module, "Replayed", lambda function, _, *more, device=device: Replayed(function, device, *more)
             )
-        torch.manual_seed(0)
-        model = (methods.METHODS | methods.SEARCH)[name].build(load(base).to("cuda", torch.bfloat16))
-        without_dropout(model)  # its draws differ: a replay advances the generator otherwise than the calls do
-        result = train(model, pairs, settings)
+        method, teacher = (methods.METHODS | methods.SEARCH)[name], None
+        if method.teacher:
+            teacher, _ = trained_on_gpu(methods.METHODS[method.teacher], base, pairs, settings)
+        model, result = trained_on_gpu(method, base, pairs, settings, teacher)
         assert len(result["shapes"]) == 2
         score = Evaluation(items.test, "cuda").score(model, items.names)
         found.append([result["first_loss"], result["final_loss"], score["nll"]["mean"]])
     assert found[0] == pytest.approx(found[1], rel=0.02)
     assert found[0][1] < found[0][0]
+
+
+def trained_on_gpu(method, base, pairs, settings, teacher=None):
+    torch.manual_seed(0)
+    model = method.build(load(base).to("cuda", torch.bfloat16))
+    without_dropout(model)  # its draws differ: a replay advances the generator otherwise than the calls do
+    return model, train(model, pairs, settings, teacher)
 
 
 def test_order_depends_on_the_seed_alone(tiny):

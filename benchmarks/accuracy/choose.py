@@ -1,11 +1,18 @@
-"""From validation results to the settings of the final runs, which are fixed before the test items are opened."""
+"""The trials on validation and what they choose: the settings of the final runs, fixed before the test items are opened.
+
+A method has a trial for each rate and seed of `tune`. `pregate_best` has as many in `search`, a form of the pre-gate each.
+"""
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
-from accuracy.methods import BEST, METHODS, SEARCH
-from accuracy.runs import CHOSEN, read_json, results_of, write_json
+from accuracy.methods import BEST, METHODS, PAPER_FORM, SEARCH
+from accuracy.runs import CHOSEN, Run, done, left, read_json, write_json
+
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+TUNE_SEEDS = (0, 100)  # two, so that the luck of one seed chooses no rate
 
 
 def trained(methods) -> list[str]:
@@ -13,30 +20,44 @@ def trained(methods) -> list[str]:
     return [name for name in methods if METHODS[name].build is not None]
 
 
-def best_of(results, names, rates) -> dict:
-    """name -> the result with the best mean accuracy on validation, ties to the lower rate. ValueError if a trial is missing."""
-    best = {}
-    for name in names:
-        found = [result for result in results if result["method"] == name and result["learning_rate"] in rates]
-        if missing := sorted(set(rates) - {result["learning_rate"] for result in found}):
-            raise ValueError(
-                f"{name} was not tried on validation at {missing}; finish `tune` and `search` with the same rates first"
-            )
-        best[name] = min(found, key=lambda result: (-result["score"]["accuracy"]["mean"], result["learning_rate"]))
-    return best
+def tune_runs(methods, rates) -> list[Run]:
+    """Seeds and rates outside, methods inside: a study that stops early has tried all methods alike."""
+    names = trained(methods)
+    return [Run("tune", name, rate, seed, name) for seed in TUNE_SEEDS for rate in rates for name in names]
+
+
+def search_runs(folder, rates) -> list[Run]:
+    """A run for each form of the pre-gate, at the rate that is best for `pregate_paper`; its teacher, if any, at that teacher's best.
+
+    ValueError if `tune` has not finished with these.
+    """
+    teachers = [method.teacher for method in SEARCH.values() if method.teacher]
+    found = {name: choice["learning_rate"] for name, choice in tuned(folder, [PAPER_FORM, *teachers], rates).items()}
+    return [
+        Run("search", name, found[PAPER_FORM], TUNE_SEEDS[0], name, found.get(method.teacher, 0.0))
+        for name, method in SEARCH.items()
+    ]
+
+
+def tuned(folder, methods, rates) -> dict:
+    """method -> what is chosen for it: the rate with the best mean accuracy over the seeds. ValueError if a trial is missing."""
+    means = _means(_all_results(folder, tune_runs(methods, rates)))
+    found = {}
+    for name in trained(methods):
+        rate = _best_rate(means, name, rates)
+        found[name] = _choice(name, rate, 0.0, means[name, rate])
+    return found
 
 
 def choose(folder, methods, rates) -> dict:
-    """method -> {"built_as", "learning_rate", "validation"} of the final runs, kept in the folder from the first call on.
+    """method -> {"built_as", "learning_rate", "teacher_rate", "validation"} of the final runs, kept in the folder from the first call on.
 
-    `pregate_best`, if asked for, is the best trial of the search. Later calls may add methods. ValueError if they would change one.
+    `pregate_best`, if asked for, is the best form of the search. Later calls may add methods. ValueError if they would change one.
     """
-    tuned = best_of(results_of(folder, "tune"), trained(name for name in methods if name != BEST), rates)
-    found = {name: _choice(name, result) for name, result in tuned.items()}
+    found = tuned(folder, [name for name in methods if name != BEST], rates)
     if BEST in methods:
-        searched = best_of(results_of(folder, "search"), SEARCH, rates)
-        name = max(searched, key=lambda name: searched[name]["score"]["accuracy"]["mean"])
-        found[BEST] = _choice(name, searched[name])
+        best = max(_all_results(folder, search_runs(folder, rates)), key=_accuracy)
+        found[BEST] = _choice(*(best[key] for key in ("built_as", "learning_rate", "teacher_rate")), _accuracy(best))
     path = Path(folder) / CHOSEN
     before = read_json(path) if path.is_file() else {}
     if changed := sorted(name for name in found if name in before and before[name] != found[name]):
@@ -48,20 +69,51 @@ def choose(folder, methods, rates) -> dict:
     return found
 
 
-def summary(results, names, rates) -> list[str]:
-    """A line a method: mean validation accuracy at each rate, and a word if the best rate is at an end of the list."""
-    lines = []
-    for name in names:
-        found = {r["learning_rate"]: r["score"]["accuracy"]["mean"] for r in results if r["method"] == name}
-        cells = [f"{rate:g}: {found[rate]:.2%}" if rate in found else f"{rate:g}: -" for rate in sorted(rates)]
-        at_end = len(rates) > 1 and set(rates) <= set(found) and max(rates, key=found.get) in (min(rates), max(rates))
+def summary(folder, runs) -> list[str]:
+    """A line a method: validation accuracy at each rate, the mean over the seeds found, and a word if the best rate is at an end."""
+    means, rates, lines = _means(done(folder, runs)), sorted({run.learning_rate for run in runs}), []
+    for name in dict.fromkeys(run.method for run in runs):
+        tried = [(name, rate) in means for rate in rates]
+        cells = [
+            f"{rate:g}: {means[name, rate]:.2%}" if there else f"{rate:g}: -"
+            for rate, there in zip(rates, tried, strict=True)
+        ]
+        at_end = len(rates) > 1 and all(tried) and _best_rate(means, name, rates) in (rates[0], rates[-1])
         lines.append(f"{name:28} {'   '.join(cells)}" + ("   best at an end of the rates" if at_end else ""))
     return lines
 
 
-def _choice(built_as, result):
+def _all_results(folder, runs):
+    """The results of all these runs. ValueError if one is missing."""
+    if missing := left(folder, runs):
+        raise ValueError(
+            f"{len(missing)} of {len(runs)} trials on validation are missing, the first {missing[0].file}; finish "
+            f"`{missing[0].phase}` with the same rates first"
+        )
+    return done(folder, runs)
+
+
+def _means(results):
+    """(method, rate) -> mean accuracy over the seeds."""
+    found = {}
+    for result in results:
+        found.setdefault((result["method"], result["learning_rate"]), []).append(_accuracy(result))
+    return {key: statistics.mean(accuracies) for key, accuracies in found.items()}
+
+
+def _best_rate(means, name, rates):
+    """Ties go to the lower rate."""
+    return max(sorted(rates), key=lambda rate: means[name, rate])
+
+
+def _accuracy(result):
+    return result["score"]["accuracy"]["mean"]
+
+
+def _choice(built_as, learning_rate, teacher_rate, validation):
     return {
         "built_as": built_as,
-        "learning_rate": result["learning_rate"],
-        "validation": result["score"]["accuracy"]["mean"],
+        "learning_rate": learning_rate,
+        "teacher_rate": teacher_rate,
+        "validation": validation,
     }

@@ -85,5 +85,5 @@ def unpack(text: str, count: int) -> np.ndarray:
 
 def _sums(answers, batch):
     """[B]: log p of each sequence's answer."""
-    nll, _ = answers.nll(batch)
+    nll = answers.nll(batch)
     return torch.zeros(len(batch.ids), device=nll.device).index_add(0, batch.rows, -nll)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -16,7 +16,7 @@ ATTENTION = "adafuse_causal"
 
 
 class Answers:
-    """A model of which only the answer tokens' log-probabilities are wanted.
+    """A model of which only the predictions of the answer tokens are wanted.
 
     model: a HuggingFace causal LM, a PEFT model or an AdaFuseModel (or one with its interface); its attention and its output head are
     changed until `close`. On a GPU it runs under bf16 autocast, on a CPU as it is.
@@ -37,7 +37,11 @@ class Answers:
         self._base.set_attn_implementation(self._attention_before)
 
     def nll(self, batch):
-        """(nll, balance): -log p of the target in each slot, [N] fp32, 0 where not used; coefficient * balance loss, 0 in eval mode."""
+        """[N] fp32: -log p of the target in each slot, 0 where not used."""
+        return nll_of(self.logits(batch)[0], batch)
+
+    def logits(self, batch):
+        """(logits, balance): of the token that follows each slot, [N, V] fp32; coefficient * balance loss, 0 in eval mode."""
         balanced = bool(self._aux_loss_coef) and self.model.training
         self._slots = batch.slots
         with _autocast(batch.ids.device):
@@ -47,12 +51,25 @@ class Answers:
                 use_cache=False,
                 **({"output_router_logits": True} if balanced else {}),
             )
-        nll = cross_entropy(output.logits.float(), batch.targets, reduction="none") * batch.weights
-        return nll, self._aux_loss_coef * output.aux_loss if balanced else 0.0
+        return output.logits.float(), self._aux_loss_coef * output.aux_loss if balanced else 0.0
 
     def _select(self, head, arguments):
         """[B, S, H] -> [N, H]."""
         return arguments[0].flatten(0, 1).index_select(0, self._slots)
+
+
+def nll_of(logits, batch):
+    """-log p of each slot's target, 0 where a slot is not used. logits [N, V] fp32 -> [N] fp32."""
+    return cross_entropy(logits, batch.targets, reduction="none") * batch.weights
+
+
+def divergence_of(teacher, student, batch):
+    """KL(teacher || student) = sum_v p_teacher(v) (log p_teacher(v) - log p_student(v)) of each slot, 0 where a slot is not used.
+
+    Logits [N, V] fp32 -> [N] fp32.
+    """
+    apart = kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True)
+    return apart.sum(-1) * batch.weights
 
 
 def _autocast(device):

@@ -7,8 +7,11 @@ s = 2 for one or two experts a token and for LoRA; s = K where K = 8 or 16 finer
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
+
+from accuracy.token_router import TokenModel
 from adafuse import AdaFuseConfig, AdaFuseModel
 from adafuse.baselines import (
     LayerwiseConfig,
@@ -28,7 +31,6 @@ PAPER = {"num_experts": 8, "r": 8, "top_k": 2, "lora_alpha": 16, "routing": "mod
 FINE = {"num_experts": 64, "r": 1, "top_k": 16, "lora_alpha": 16}
 # With a shared expert of rank 8 the routed ones leave it its part of both ranks.
 SHARED_FINE = {"num_experts": 56, "r": 1, "top_k": 8, "lora_alpha": 8, "shared_rank": 8}
-SHARED_ONE = {"num_experts": 7, "r": 8, "top_k": 1, "lora_alpha": 16, "shared_rank": 8}
 HIDDEN = {"router_hidden": 256}
 
 
@@ -36,28 +38,37 @@ HIDDEN = {"router_hidden": 256}
 class Method:
     """build: a base, which it may change, to a model with trainable parameters in fp32 (None: the base as it is, nothing to train).
 
-    router_lr_ratio: the routers' learning rate by that of the experts. settings: what a reader of the results should know.
+    router_lr_ratio: the routers' learning rate by that of the experts. teacher: the method that it is distilled from, trained before it.
+    settings: what a reader of the results should know.
     """
 
     build: Callable | None
     router_lr_ratio: float = 1.0
+    teacher: str | None = None
     settings: dict = field(default_factory=dict)
 
     def account(self, model) -> Account:
         """Parameters, ranks and bytes of a model that `build` made, experts in bf16."""
-        return account(model, itemsize=2) if self.build else Account(0, 0, 0.0, 0)
+        if not self.build:
+            return Account(0, 0, 0.0, 0)
+        found = account(model, itemsize=2)
+        unread = model.router.unread_bytes() if isinstance(model, TokenModel) else 0
+        return replace(found, bytes_per_token=found.bytes_per_token - unread)
 
 
-def pregate(router_lr_ratio=1.0, **settings) -> Method:
-    """One decision a token, by `AdaFuseConfig(**settings)`."""
+def pregate(*, router_lr_ratio=1.0, router_init=1.0, teacher=None, model_class=AdaFuseModel, **settings) -> Method:
+    """One decision a token, by `AdaFuseConfig(**settings)`. router_init: what the router's first weights are multiplied with."""
     config = AdaFuseConfig(**settings)
 
     def build(base):
-        model = AdaFuseModel(base, config)
+        model = model_class(base, config)
         model.execution = "reference"  # trained and scored by the same arithmetic
+        with torch.no_grad():
+            model.router.weight.mul_(router_init)
         return model
 
-    return Method(build, router_lr_ratio, settings)
+    told = {**settings, "router_lr_ratio": router_lr_ratio, "router_init": router_init}
+    return Method(build, router_lr_ratio, teacher, told)
 
 
 def baseline(model, config) -> Method:
@@ -87,18 +98,22 @@ METHODS = {
     "pesc": baseline(PescModel, PescConfig()),
     "mixlora": baseline(MixLoraModel, MixLoraConfig()),
 }
+PAPER_FORM = "pregate_paper"
 BEST = "pregate_best"
-# Variants of the pre-gate, all decided before block 0: `search` takes them, and the best on validation becomes `pregate_best`.
+# Forms of the pre-gate, all decided before block 0: `search` takes them, and the best on validation becomes `pregate_best`.
+LAYER_FINE = {**FINE, "routing": "layer"}
+LAYER_FINE_SHARED = {**SHARED_FINE, "routing": "layer"}
 SEARCH = {
-    "model_fine": pregate(**FINE, routing="model"),
     "layer": pregate(**{**PAPER, "routing": "layer"}),
-    "layer_fine": pregate(**FINE, routing="layer"),
-    "layer_fine_hidden": pregate(**FINE, **HIDDEN, routing="layer"),
-    "layer_fine_shared": pregate(**SHARED_FINE, routing="layer"),
-    "layer_fine_shared_hidden": pregate(**SHARED_FINE, **HIDDEN, routing="layer"),
-    "layer_one_shared": pregate(**SHARED_ONE, routing="layer"),
-    "layer_fine_no_aux": pregate(**FINE, routing="layer", aux_loss_coef=0.0),
-    "layer_fine_aux_0.001": pregate(**FINE, routing="layer", aux_loss_coef=0.001),
-    "layer_fine_router_lr_0.2": pregate(0.2, **FINE, routing="layer"),
-    "layer_fine_router_lr_5": pregate(5.0, **FINE, routing="layer"),
+    "model_fine": pregate(**FINE, routing="model"),
+    "layer_fine": pregate(**LAYER_FINE),
+    "layer_fine_shared": pregate(**LAYER_FINE_SHARED),
+    "layer_fine_hidden": pregate(**LAYER_FINE, **HIDDEN),
+    "layer_fine_shared_hidden": pregate(**LAYER_FINE_SHARED, **HIDDEN),
+    "layer_fine_token": pregate(**LAYER_FINE, model_class=TokenModel),
+    "layer_fine_init_0.1": pregate(**LAYER_FINE, router_init=0.1),  # nearly even weights at the start
+    "layer_fine_init_4": pregate(**LAYER_FINE, router_init=4.0),  # far from even
+    "layer_fine_router_lr_5": pregate(**LAYER_FINE, router_lr_ratio=5.0),
+    "layer_fine_no_aux": pregate(**LAYER_FINE, aux_loss_coef=0.0),
+    "layer_fine_distilled": pregate(**LAYER_FINE, teacher="layerwise"),
 }

@@ -19,7 +19,8 @@ MARGIN = 1.2
 @dataclass(frozen=True)
 class Run:
     """One training and evaluation. phase: "tune", "search" or "final". method: its name in the results. built_as: the name of the settings
-    it is built from, another one for the best of a search. learning_rate 0: nothing is trained.
+    it is built from, another one for the best of a search. learning_rate 0: nothing is trained. teacher_rate: the learning rate of its
+    teacher, 0 where there is none.
     """
 
     phase: str
@@ -27,10 +28,12 @@ class Run:
     learning_rate: float
     seed: int
     built_as: str = ""
+    teacher_rate: float = 0.0
 
     @property
     def file(self) -> str:
-        return f"{self.phase}-{self.method}-lr{self.learning_rate:g}-seed{self.seed}.json"
+        teacher = f"-teacher{self.teacher_rate:g}" if self.teacher_rate else ""
+        return f"{self.phase}-{self.method}-lr{self.learning_rate:g}-seed{self.seed}{teacher}.json"
 
     @property
     def split(self) -> str:
@@ -78,6 +81,12 @@ def check_study(folder, settings):
 def left(folder, runs) -> list[Run]:
     """The runs without a result yet."""
     return [run for run in runs if not (Path(folder) / run.file).is_file()]
+
+
+def done(folder, runs) -> list[dict]:
+    """The results of those of these runs that have one."""
+    paths = [Path(folder) / run.file for run in runs]
+    return [read_json(path) for path in paths if path.is_file()]
 
 
 def work_through(

@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy/study.py items                                # tokenise the domains, once, on any machine
     python benchmarks/accuracy/study.py tune   --runs DIR --budget-s 500     # learning rates, on validation
-    python benchmarks/accuracy/study.py search --runs DIR --budget-s 500     # variants of the pre-gate, on validation
+    python benchmarks/accuracy/study.py search --runs DIR --budget-s 500     # forms of the pre-gate, on validation
     python benchmarks/accuracy/study.py final  --runs DIR --budget-s 500     # all methods, several seeds, on test
     python benchmarks/accuracy/study.py all    --runs DIR                    # these three
     python benchmarks/accuracy/study.py report  --runs DIR --out benchmarks/results/h100/accuracy.json
@@ -31,11 +31,11 @@ if __name__ == "__main__":
 import record
 import torch
 
-from accuracy.choose import choose, summary, trained
+from accuracy.choose import RATES, choose, search_runs, summary, tune_runs
 from accuracy.evaluate import Evaluation
 from accuracy.heatmap import draw
 from accuracy.items import make_items, read_items
-from accuracy.methods import BEST, METHODS, SEARCH
+from accuracy.methods import BEST, METHODS, SEARCH, Method
 from accuracy.report import accuracy_rows, common_environment, heatmap_rows
 from accuracy.routing_share import expert_shares
 from accuracy.runs import Run, check_study, read_json, results_of, work_through, write_json
@@ -43,9 +43,7 @@ from accuracy.train import SCHEDULES, TrainSettings, train
 from adafuse import AdaFuseModel
 from adafuse.base import load_base
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-TUNE_SEED = 0
-SEEDS = (1, 2, 3, 4, 5)  # not the one that the rates were chosen with
+SEEDS = (1, 2, 3, 4, 5)  # not those that the rates were chosen with
 REFERENCE = "layerwise"
 DATA = Path(__file__).parents[1] / "domains" / "data"
 RUNS_LEFT = 3
@@ -53,7 +51,7 @@ WORK = ("tune", "search", "final")
 PHASES = {
     "items": "tokenise the domains",
     "tune": "train each method at each learning rate, score validation",
-    "search": "the same for variants of the pre-gate",
+    "search": "train each form of the pre-gate at the rate found for the paper's, score validation",
     "final": "fix what validation chose, train from each seed, score test",
     "all": "tune, search and final, one after the other",
     "report": "final runs to a result file",
@@ -83,15 +81,16 @@ class Study:
         )
 
     def do(self, run: Run) -> dict:
-        """Train and score one method from a fresh copy of the base."""
-        self._free()  # what a failed run left
-        method = (METHODS | SEARCH)[run.built_as or run.method]
-        torch.manual_seed(run.seed)
-        model, trained = copy.deepcopy(self.base), None
-        if method.build is not None:
-            model = method.build(model)
-            trained = train(model, self.pairs, self._settings(run, method))
-        result = {
+        """Train and score one method, and before it its teacher if it has one, each from a fresh copy of the base."""
+        self._begin()
+        method, teacher, result = (METHODS | SEARCH)[run.built_as or run.method], None, {}
+        if method.teacher:
+            teacher, taught = self._train(METHODS[method.teacher], run.teacher_rate, run.seed)
+            told = {"built_as": method.teacher, "learning_rate": run.teacher_rate, "final_loss": taught["final_loss"]}
+            result["teacher"] = told
+            self._free()
+        model, trained = self._train(method, run.learning_rate, run.seed, teacher)
+        result |= {
             "settings": method.settings,
             "account": vars(method.account(model)),
             "train": trained,
@@ -101,9 +100,24 @@ class Study:
         }
         if run.phase == "final" and run.seed == self.options.seeds[0] and isinstance(model, AdaFuseModel):
             result["routing"] = expert_shares(model, self._evaluation(run.split))
-        del model
-        self._free()
         return result
+
+    def _train(self, method: Method, learning_rate, seed, teacher=None):
+        """(model, what its training tells; None where nothing trains)."""
+        torch.manual_seed(seed)
+        model = copy.deepcopy(self.base)
+        if method.build is None:
+            return model, None
+        model = method.build(model)
+        chosen = {name: getattr(self.options, name) for name in ("epochs", "batch", "schedule")}
+        settings = TrainSettings(learning_rate, method.router_lr_ratio, seed=seed, **chosen)
+        return model, train(model, self.pairs, settings, teacher)
+
+    def _begin(self):
+        """With the memory of the run before, which may have failed, for this one."""
+        self._free()
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
 
     def _free(self):
         gc.collect()
@@ -111,15 +125,7 @@ class Study:
             torch.cuda.empty_cache()
 
     def _memory(self):
-        if not self.gpu:
-            return {}
-        peak = round(torch.cuda.max_memory_reserved() / 2**30, 2)
-        torch.cuda.reset_peak_memory_stats()
-        return {"memory_gib": peak}
-
-    def _settings(self, run, method):
-        chosen = {name: getattr(self.options, name) for name in ("epochs", "batch", "schedule")}
-        return TrainSettings(run.learning_rate, method.router_lr_ratio, seed=run.seed, **chosen)
+        return {"memory_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2)} if self.gpu else {}
 
     def _evaluation(self, split):
         if split not in self._evaluations:
@@ -128,17 +134,16 @@ class Study:
 
 
 def runs_of(options, phase) -> list[Run]:
-    """The runs of a phase, rates and seeds outside, methods inside: a study that stops early has tried all methods alike."""
+    """The runs of a phase, in the order they are done in. ValueError if the phases before have left some that it builds on."""
     if phase == "tune":
-        names = trained(_known(options.methods, METHODS))
-        return [Run("tune", name, rate, TUNE_SEED, name) for rate in options.rates for name in names]
+        return tune_runs(_known(options.methods, METHODS), options.rates)
     if phase == "search":
-        return [Run("search", name, rate, TUNE_SEED, name) for rate in options.rates for name in SEARCH]
+        return search_runs(options.runs, options.rates)
     methods = _known(options.methods, [*METHODS, BEST])
     chosen = choose(options.runs, methods, options.rates)
     still = [name for name in methods if name not in chosen]  # nothing to train: the same from every seed
     return [Run("final", name, 0.0, options.seeds[0], name) for name in still] + [
-        Run("final", name, choice["learning_rate"], seed, choice["built_as"])
+        Run("final", name, choice["learning_rate"], seed, choice["built_as"], choice["teacher_rate"])
         for seed in options.seeds
         for name, choice in chosen.items()
     ]
@@ -174,8 +179,7 @@ def _work(options, phases, runs, do, started, pool=None):
             options.runs, runs, do, options.budget_s, started=started, workers=options.workers, pool=pool
         )
         if phase != "final":
-            names = dict.fromkeys(run.method for run in runs)
-            print("\n".join(summary(results_of(options.runs, phase), names, options.rates)), flush=True)
+            print("\n".join(summary(options.runs, runs)), flush=True)
         if failed:
             print(f"error: {failed} runs failed, see above; the same command tries them again", file=sys.stderr)
             return 1

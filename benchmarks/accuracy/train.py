@@ -11,11 +11,12 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from accuracy.batches import buckets_of, widths_of
-from accuracy.forward import Answers
+from accuracy.forward import Answers, divergence_of, nll_of
 from accuracy.graphs import Replayed
 
 SCHEDULES = ("linear", "cosine")
 WIDTH_SHARES = (0.5, 0.9, 1.0)  # few widths, so that a batch is a mixture of several domains
+TEACHER_SHARE = 0.5  # of a distilled student's loss
 TAIL = 0.1  # share of the steps whose mean is called the final loss
 
 
@@ -51,20 +52,24 @@ class TrainSettings:
         return left if self.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
 
 
-def train(model, pairs, settings: TrainSettings) -> dict:
+def train(model, pairs, settings: TrainSettings, teacher=None) -> dict:
     """Train what is trainable in `model` on pairs of (prompt ids, answer ids), in place.
 
-        loss = sum over the batch's answer tokens of -log p / (batch * mean answer tokens of an example)  +  balance loss
+        loss = sum over the batch's answer tokens of l / (batch * mean answer tokens of an example)  +  balance loss
+        l = -log p,     with a teacher    l = (1 - 0.5) (-log p) + 0.5 KL(teacher || model)
 
-    so that every answer token weighs the same, in whichever batch it is. The order depends on the seed and the pairs alone. Returns
-    steps, losses (nats per answer token, means of the first and the last tenth; None if not finite) and seconds. Nothing is evaluated
-    meanwhile.
+    so that every answer token weighs the same, in whichever batch it is. The order depends on the seed and the pairs alone.
+    teacher: a model of the same vocabulary, which is put in eval mode and does not train.
+
+    Returns steps, losses (-log p per answer token, in nats, means of the first and the last tenth; None if not finite) and seconds.
+    Nothing is evaluated meanwhile.
     """
     started, device = time.perf_counter(), next(model.parameters()).device
     buckets, schedule = plan_order(pairs, settings, device)
     batches = [bucket.batches for bucket in buckets]
     model.train()
-    step = _Step(model, settings, settings.batch * float(np.mean([len(answer) for _, answer in pairs])), device)
+    normaliser = settings.batch * float(np.mean([len(answer) for _, answer in pairs]))
+    step = _Step(model, settings, normaliser, device, teacher)
     step.prepare([batch[0] for batch in batches])
     prepared = time.perf_counter()
     losses = torch.zeros(len(schedule), device=device)
@@ -103,8 +108,10 @@ def _finite(value):
 class _Step:
     """One optimisation step, captured for each shape of batch."""
 
-    def __init__(self, model, settings, normaliser, device):
+    def __init__(self, model, settings, normaliser, device, teacher=None):
         self._answers, self._settings, self._normaliser = Answers(model), settings, normaliser
+        # In eval mode before anything is captured: changing modes drops the casts of its weights, which the graphs read.
+        self._teacher = None if teacher is None else Answers(teacher.eval())
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         routers = [p for name, p in named if "router" in name.split(".")]
         others = [p for name, p in named if "router" not in name.split(".")]
@@ -139,15 +146,26 @@ class _Step:
 
     def close(self):
         self._answers.close()
+        if self._teacher is not None:
+            self._teacher.close()
         self._optimizer.zero_grad()
 
     def _run(self, batch):
         """Returns the mean loss a token, in a tensor that outlasts the graph."""
-        nll, balance = self._answers.nll(batch)
-        loss = nll.sum() / self._normaliser + balance
+        taught = self._taught(batch)
+        logits, balance = self._answers.logits(batch)
+        nll = lost = nll_of(logits, batch)
+        if taught is not None:
+            lost = (1 - TEACHER_SHARE) * nll + TEACHER_SHARE * divergence_of(taught, logits, batch)
+        loss = lost.sum() / self._normaliser + balance
         loss.backward()
         clip_grad_norm_(self._parameters, self._settings.clip, foreach=True)
         self._optimizer.step()
         with torch.no_grad():
             self._loss.copy_(nll.sum() / batch.weights.sum())
         return self._loss
+
+    @torch.no_grad()
+    def _taught(self, batch):
+        """The teacher's logits [N, V], before the student's forward fills the memory; None without a teacher."""
+        return None if self._teacher is None else self._teacher.logits(batch)[0]
