@@ -4,6 +4,8 @@ Every group's input is made from the output of the group before it, so that no k
 and together far larger than the L2 cache. What a model has between the linears (norms, attention) is left out.
 """
 
+from functools import cached_property
+
 import torch
 from shapes import SHAPES, groups
 
@@ -11,6 +13,7 @@ from adafuse.ops.batch import add_delta_tiles, lay_out, shrink_tiles
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import EMPTY, copies_of_h, decode, decode_ref
+from adafuse.ops.gated import add_gated, linear_gated, pack
 from adafuse.ops.matmul import matmul_tiles
 from adafuse.ops.route import route
 
@@ -97,21 +100,17 @@ class Banks:
         self.stack, self.num_experts, self.r, self.top_k, self.shared_rank = stack, num_experts, r, top_k, shared_rank
         ranks = num_experts * r + shared_rank
 
-        def matrices(columns_of, std_of):
-            options = {"device": stack.device, "dtype": torch.bfloat16}
-            return [
-                [
-                    [
-                        torch.empty(ranks, columns, **options).normal_(std=std_of(columns))
-                        for columns in columns_of(group)
-                    ]
-                    for group in stack.groups
-                ]
-                for _ in range(stack.blocks)
-            ]
+        def matrices(make):
+            return [[make(group) for group in stack.groups] for _ in range(stack.blocks)]
 
-        self.a = matrices(lambda g: [g.features] * len(g.widths), lambda columns: columns**-0.5)
-        self.b = matrices(lambda g: g.widths, lambda _: 0.02)
+        def random(rows, columns, std):
+            return torch.empty(rows, columns, device=stack.device, dtype=torch.bfloat16).normal_(std=std)
+
+        # The a of a group lie in one matrix, which all forms may read; only "gated" and "packed" profit.
+        self.a = matrices(
+            lambda g: random(ranks * len(g.widths), g.features, g.features**-0.5).split([ranks] * len(g.widths))
+        )
+        self.b = matrices(lambda g: [random(ranks, width, 0.02) for width in g.widths])
 
     def bytes_of(self, experts):
         """Bytes of so many experts, and of the shared one, in all linears."""
@@ -207,6 +206,7 @@ class Batch(Banks):
     def forms(self):
         """Name -> a function that runs the step."""
         found = {"tiles": self.run_tiles, "tiles_first": self.run_tiles_first, "dense": self.run_dense}
+        found |= {"gated": self.run_gated, "packed": self.run_packed}
         found |= {"matmul": self.run_matmul} if len(self.experts) >= FEWEST_OF_A_MATMUL else {}
         return found | ({"crowd": self.run_crowd} if len(self.experts) <= MOST_OF_A_CROWD else {})
 
@@ -243,6 +243,25 @@ class Batch(Banks):
         for block, index, _, x, y in self.stack.steps():
             h = shrink_tiles(x, self.a[block][index], tiles)
             matmul_tiles(x, self.stack.linears(block, index), h, self.b[block][index], tiles, y, **given)
+
+    def run_gated(self, **blocks):
+        """The vendor's matmuls of the base and of all ranks, then one kernel that adds what each token chose. blocks: of the layout."""
+        tiles = self.tiles(**blocks)
+        for block, index, _, x, y in self.stack.steps():
+            torch.mm(x, self.stack.weights[block][index].T, out=y)
+            add_gated(y, x, self.a[block][index], self.b[block][index], tiles)
+
+    def run_packed(self, **blocks):
+        """The same with one matmul: the a lie behind the weights, in copies that are made at the first call."""
+        tiles = self.tiles(**blocks)
+        for block, index, _, x, y in self.stack.steps():
+            weight, *a = self.packs[block][index]
+            linear_gated(x, weight, a, self.b[block][index], tiles, out=y)
+
+    @cached_property
+    def packs(self):
+        weights = self.stack.weights
+        return [[pack(weights[n][i], a) for i, a in enumerate(row)] for n, row in enumerate(self.a)]
 
     def run_dense(self):
         """The reference: two matmuls over all ranks, masked between them."""

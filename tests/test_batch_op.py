@@ -162,7 +162,7 @@ def test_tokens_with_the_same_experts_are_neighbours(num_experts, top_k, r):
 
 def test_neighbouring_sets_of_one_size_differ_by_one_exchange():
     pairs = torch.combinations(torch.arange(8)).flip(0).to(DEVICE)
-    tiles = lay_out(pairs, torch.ones(pairs.shape, device=DEVICE), num_experts=8, r=16)
+    tiles = lay_out(pairs, torch.ones(pairs.shape, device=DEVICE), num_experts=8, r=16, block_r=16)
     sequence = [set(pairs[token].tolist()) for token in tiles.order.tolist()]
     assert all(len(left & right) == 1 for left, right in pairwise(sequence))
 

@@ -136,10 +136,14 @@ def dense_gates(experts, weights, num_experts, shared_scale=1.0):
 
 
 def tile_shape(tokens, r, rank) -> tuple[int, int]:
-    """Default (block_t, block_r). Blocks that do not straddle experts where r allows, one for all ranks where they are few."""
-    block_t = 128 if tokens > 512 else min(64, max(16, next_power_of_2(tokens)))
-    block_r = next_power_of_2(rank) if rank <= 64 else min(64, r & -r)
-    return block_t, max(16, block_r)
+    """Default (block_t, block_r): one block for all ranks where they are few.
+
+    Many tokens: blocks that do not straddle experts where r allows, so that few are needed. Up to 512 tokens, for which `gated` is made,
+    a tile of them needs nearly all small experts, and steps of 64 ranks take less time.
+    """
+    if tokens <= 512:
+        return min(64, max(16, next_power_of_2(tokens))), max(16, min(64, next_power_of_2(rank)))
+    return 128, max(16, next_power_of_2(rank) if rank <= 64 else min(64, r & -r))
 
 
 def _needed_blocks(experts, num_experts, r, shared_rank, block_r):

@@ -1,0 +1,120 @@
+"""The expand of an h of all ranks, and weights packed with A, against a float64 loop over tokens and experts."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from test_batch_op import DEVICE, LIMITS, ROUTINGS, assert_close, expected_delta, make_data, make_tiles, route
+from test_matmul_op import weights
+
+from adafuse.ops.gated import add_gated, expand_gated, expand_gated_ref, linear_gated, pack, packed
+
+# tokens, experts, top_k, r, shared rank
+SIZES = [(63, 8, 2, 16, 3), (130, 64, 16, 1, 0), (130, 6, 2, 48, 0), (40, 1, 1, 4, 3), (9, 8, 2, 64, 16)]
+
+
+def check(kind, size, features, outputs, dtype, run=expand_gated, in_place=False, **blocks):
+    routing = route(kind, *size[:3])
+    tiles = make_tiles(routing, size, **blocks)
+    x, a, b, _ = make_data(size, features, outputs, dtype)
+    w = weights(features, outputs, dtype)
+    weight, *a = pack(torch.cat(w), a)
+    y, h = (x.double() @ packed(weight, a).double().T).to(dtype).split([sum(outputs), len(a) * tiles.rank], dim=1)
+    out = y if in_place else torch.full((size[0], sum(outputs)), torch.nan, dtype=dtype, device=DEVICE)
+    assert run(y, h, b, tiles, out) is out
+    for got, base, pair in zip(out.split(outputs, dim=1), w, zip(a, b, strict=True), strict=True):
+        exact = x.double().cpu() @ base.double().cpu().T + expected_delta(x, *pair, routing, size)
+        assert_close(got, exact, dtype)
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_one_linear(kind, size):
+    dtype = [torch.float32, torch.float16, torch.bfloat16][(ROUTINGS.index(kind) + SIZES.index(size)) % 3]
+    check(kind, size, 64, (72,), dtype)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("outputs", [(64, 24, 304), (40, 264)], ids=str)
+def test_groups_of_odd_sizes(dtype, outputs):
+    check("uniform", (63, 6, 2, 16, 3), 72, outputs, dtype, in_place=True, block_t=32, block_r=16)
+
+
+@pytest.mark.parametrize("blocks", [{"block_r": 32}, {"block_r": 64, "block_t": 64}, {"block_r": 16}], ids=str)
+def test_blocks_of_less_and_more_than_an_expert(blocks):
+    check("uniform", (63, 6, 2, 32, 0), 64, (72, 16), torch.float32, **blocks)
+
+
+def test_reference_agrees_with_the_loop():
+    check("zipf", (63, 8, 2, 16, 3), 64, (72, 24), torch.float32, run=expand_gated_ref)
+
+
+def test_packed_is_one_matrix_where_it_lies_so():
+    whole = torch.arange(40.0).view(10, 4)
+    weight, a, more = whole[:5], whole[5:7], whole[7:]
+    assert packed(weight, [a, more]).data_ptr() == whole.data_ptr()
+    assert torch.equal(packed(weight, [a, more]), whole)
+    assert torch.equal(packed(weight, [a]), whole[:7])
+    neighbour = torch.frombuffer(whole.numpy(), dtype=torch.float32, offset=5 * 16, count=8).view(
+        2, 4
+    )  # another storage
+    assert neighbour.data_ptr() == a.data_ptr()
+    for apart in ([neighbour], [more], [a.clone()], [a.T], [a, a], [a.bfloat16()]):
+        assert packed(weight, apart) is None
+    assert packed(weight[:, :2], [a[:, :2]]) is None
+    copies = pack(weight.clone(), [a.clone(), more.clone()])
+    assert torch.equal(packed(copies[0], copies[1:]), whole)
+
+
+@pytest.mark.parametrize("together", ["all", "a", "nothing"])
+def test_a_whole_linear(together):
+    size, outputs = (63, 8, 2, 16, 3), (72, 24)
+    routing = route("zipf", *size[:3])
+    tiles = make_tiles(routing, size)
+    x, a, b, _ = make_data(size, 64, outputs, torch.float32)
+    weight = torch.cat(weights(64, outputs, torch.float32))
+    if together == "all":
+        weight, *a = pack(weight, a)
+    elif together == "a":
+        a = pack(a[0], a[1:])
+    exact = [
+        x.double().cpu() @ base.double().cpu().T + expected_delta(x, *pair, routing, size)
+        for base, *pair in zip(weight.split(outputs), a, b, strict=True)
+    ]
+    y = x @ weight.T
+    assert add_gated(y, x, a, b, tiles) is y
+    for got in (linear_gated(x, weight, a, b, tiles), y):
+        for part, wanted in zip(got.split(outputs, dim=1), exact, strict=True):
+            assert_close(part, wanted, torch.float32)
+
+
+def test_bad_arguments_are_refused():
+    size = (9, 8, 2, 4, 0)
+    tiles = make_tiles(route("uniform", *size[:3]), size)
+    y, h, b = torch.zeros(9, 16), torch.zeros(9, 32), torch.zeros(32, 16)
+    y, h, b = (tensor.to(DEVICE) for tensor in (y, h, b))
+    with pytest.raises(ValueError, match="4 tensors b were given"):
+        expand_gated(y, h, [b] * 4, tiles)
+    with pytest.raises(ValueError, match=r"y is torch\.float32 \[9, 15\]"):
+        expand_gated(y[:, :15], h, [b], tiles)
+    with pytest.raises(ValueError, match=r"h is torch\.float16"):
+        expand_gated(y, h.half(), [b], tiles)
+    with pytest.raises(ValueError, match="rows a multiple of 16 bytes"):
+        expand_gated(y[:, :15], h, [b[:, :15].contiguous()], tiles)
+    with pytest.raises(ValueError, match=r"out is .* \[8, 16\]"):
+        expand_gated(y, h, [b], tiles, y[:8])
+    with pytest.raises(ValueError, match="gradient"):
+        expand_gated(y, h, [b.requires_grad_()], tiles)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [(512, 8, 2, 64, 0), (256, 64, 16, 1, 3), (300, 8, 2, 16, 16), (65, 16, 2, 48, 0), (100, 256, 16, 4, 0)],
+    ids=str,
+)
+@pytest.mark.parametrize(("features", "outputs"), [(1024, (1024, 256, 256)), (1000, (1000,)), (2816, (1032,))], ids=str)
+def test_large_sizes_on_the_gpu(dtype, size, features, outputs):
+    check("uniform", size, features, outputs, dtype)
