@@ -9,11 +9,12 @@ from functools import cached_property
 import torch
 from shapes import SHAPES, groups
 
+from adafuse.ops.appended import append
 from adafuse.ops.batch import add_delta_tiles, lay_out, shrink_tiles
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import EMPTY, copies_of_h, decode, decode_ref
-from adafuse.ops.gated import add_gated, linear_gated, pack
+from adafuse.ops.gated import add_gated, linear_gated
 from adafuse.ops.matmul import matmul_tiles
 from adafuse.ops.route import route
 
@@ -106,7 +107,7 @@ class Banks:
         def random(rows, columns, std):
             return torch.empty(rows, columns, device=stack.device, dtype=torch.bfloat16).normal_(std=std)
 
-        # The a of a group lie in one matrix, which all forms may read; only "gated" and "packed" profit.
+        # The a of a group lie in one matrix, which all forms may read; only "gated" and "appended" profit.
         self.a = matrices(
             lambda g: random(ranks * len(g.widths), g.features, g.features**-0.5).split([ranks] * len(g.widths))
         )
@@ -206,7 +207,7 @@ class Batch(Banks):
     def forms(self):
         """Name -> a function that runs the step."""
         found = {"tiles": self.run_tiles, "tiles_first": self.run_tiles_first, "dense": self.run_dense}
-        found |= {"gated": self.run_gated, "packed": self.run_packed}
+        found |= {"gated": self.run_gated, "appended": self.run_appended}
         found |= {"matmul": self.run_matmul} if len(self.experts) >= FEWEST_OF_A_MATMUL else {}
         return found | ({"crowd": self.run_crowd} if len(self.experts) <= MOST_OF_A_CROWD else {})
 
@@ -251,17 +252,17 @@ class Batch(Banks):
             torch.mm(x, self.stack.weights[block][index].T, out=y)
             add_gated(y, x, self.a[block][index], self.b[block][index], tiles)
 
-    def run_packed(self, **blocks):
+    def run_appended(self, **blocks):
         """The same with one matmul: the a lie behind the weights, in copies that are made at the first call."""
         tiles = self.tiles(**blocks)
         for block, index, _, x, y in self.stack.steps():
-            weight, *a = self.packs[block][index]
+            weight, *a = self.appended[block][index]
             linear_gated(x, weight, a, self.b[block][index], tiles, out=y)
 
     @cached_property
-    def packs(self):
+    def appended(self):
         weights = self.stack.weights
-        return [[pack(weights[n][i], a) for i, a in enumerate(row)] for n, row in enumerate(self.a)]
+        return [[append(weights[n][i], a) for i, a in enumerate(row)] for n, row in enumerate(self.a)]
 
     def run_dense(self):
         """The reference: two matmuls over all ranks, masked between them."""

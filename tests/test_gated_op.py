@@ -1,4 +1,4 @@
-"""The expand of an h of all ranks, and weights packed with A, against a float64 loop over tokens and experts."""
+"""The expand of an h of all ranks, and weights with A appended, against a float64 loop over tokens and experts."""
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ pytest.importorskip("triton")
 from test_batch_op import DEVICE, LIMITS, ROUTINGS, assert_close, expected_delta, make_data, make_tiles, route
 from test_matmul_op import weights
 
-from adafuse.ops.gated import add_gated, expand_gated, expand_gated_ref, linear_gated, pack, packed
+from adafuse.ops.appended import append, whole
+from adafuse.ops.gated import add_gated, expand_gated, expand_gated_ref, linear_gated
 
 # tokens, experts, top_k, r, shared rank
 SIZES = [(63, 8, 2, 16, 3), (130, 64, 16, 1, 0), (130, 6, 2, 48, 0), (40, 1, 1, 4, 3), (9, 8, 2, 64, 16)]
@@ -19,8 +20,8 @@ def check(kind, size, features, outputs, dtype, run=expand_gated, in_place=False
     tiles = make_tiles(routing, size, **blocks)
     x, a, b, _ = make_data(size, features, outputs, dtype)
     w = weights(features, outputs, dtype)
-    weight, *a = pack(torch.cat(w), a)
-    y, h = (x.double() @ packed(weight, a).double().T).to(dtype).split([sum(outputs), len(a) * tiles.rank], dim=1)
+    weight, *a = append(torch.cat(w), a)
+    y, h = (x.double() @ whole(weight, a).double().T).to(dtype).split([sum(outputs), len(a) * tiles.rank], dim=1)
     out = y if in_place else torch.full((size[0], sum(outputs)), torch.nan, dtype=dtype, device=DEVICE)
     assert run(y, h, b, tiles, out) is out
     for got, base, pair in zip(out.split(outputs, dim=1), w, zip(a, b, strict=True), strict=True):
@@ -50,21 +51,21 @@ def test_reference_agrees_with_the_loop():
     check("zipf", (63, 8, 2, 16, 3), 64, (72, 24), torch.float32, run=expand_gated_ref)
 
 
-def test_packed_is_one_matrix_where_it_lies_so():
-    whole = torch.arange(40.0).view(10, 4)
-    weight, a, more = whole[:5], whole[5:7], whole[7:]
-    assert packed(weight, [a, more]).data_ptr() == whole.data_ptr()
-    assert torch.equal(packed(weight, [a, more]), whole)
-    assert torch.equal(packed(weight, [a]), whole[:7])
-    neighbour = torch.frombuffer(whole.numpy(), dtype=torch.float32, offset=5 * 16, count=8).view(
+def test_whole_is_one_matrix_where_it_lies_so():
+    rows = torch.arange(40.0).view(10, 4)
+    weight, a, more = rows[:5], rows[5:7], rows[7:]
+    assert whole(weight, [a, more]).data_ptr() == rows.data_ptr()
+    assert torch.equal(whole(weight, [a, more]), rows)
+    assert torch.equal(whole(weight, [a]), rows[:7])
+    neighbour = torch.frombuffer(rows.numpy(), dtype=torch.float32, offset=5 * 16, count=8).view(
         2, 4
     )  # another storage
     assert neighbour.data_ptr() == a.data_ptr()
     for apart in ([neighbour], [more], [a.clone()], [a.T], [a, a], [a.bfloat16()]):
-        assert packed(weight, apart) is None
-    assert packed(weight[:, :2], [a[:, :2]]) is None
-    copies = pack(weight.clone(), [a.clone(), more.clone()])
-    assert torch.equal(packed(copies[0], copies[1:]), whole)
+        assert whole(weight, apart) is None
+    assert whole(weight[:, :2], [a[:, :2]]) is None
+    copies = append(weight.clone(), [a.clone(), more.clone()])
+    assert torch.equal(whole(copies[0], copies[1:]), rows)
 
 
 @pytest.mark.parametrize("together", ["all", "a", "nothing"])
@@ -75,9 +76,9 @@ def test_a_whole_linear(together):
     x, a, b, _ = make_data(size, 64, outputs, torch.float32)
     weight = torch.cat(weights(64, outputs, torch.float32))
     if together == "all":
-        weight, *a = pack(weight, a)
+        weight, *a = append(weight, a)
     elif together == "a":
-        a = pack(a[0], a[1:])
+        a = append(a[0], a[1:])
     exact = [
         x.double().cpu() @ base.double().cpu().T + expected_delta(x, *pair, routing, size)
         for base, *pair in zip(weight.split(outputs), a, b, strict=True)

@@ -7,7 +7,7 @@ Between dozens and hundreds of tokens a shrink of our own costs mostly its launc
 matmul computes the ranks that a token does not need in less time. They are left out where h is read: see `batch` for the mask,
 the sorted tokens and the rank blocks that a tile of tokens needs.
 
-Where the rows of A lie behind those of the base weights in one matrix (`pack`), y and h are columns of one product: on an H100, for 256
+Where the rows of A lie behind those of the base weights in one matrix (`appended`), y and h are columns of one product: on an H100, for 256
 tokens of Llama-2-7B with 8 experts, that matmul takes 3 (r 16) to 5 % (r 64) longer than the base's.
 """
 
@@ -18,51 +18,30 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from adafuse.ops.appended import whole
 from adafuse.ops.batch import ROUTING, Tiles
 from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import cdiv, dot, launch_options, next_power_of_2
 from adafuse.ops.matmul import MOST_LINEARS, readable
 
 
-def pack(weight, a) -> tuple[torch.Tensor, ...]:
-    """weight [O, I] and each a [R, I] again, copied into one matrix: the rows of a behind those of weight."""
-    parts = [weight, *a]
-    return torch.cat([part.detach() for part in parts]).split([len(part) for part in parts])
-
-
-def packed(first, others) -> torch.Tensor | None:
-    """The matrix [sum of rows, I] of which `first` and `others`, each [rows, I], are the rows; None if they do not lie so."""
-    memory, end = first.untyped_storage().data_ptr(), first.data_ptr()
-    for part in (first, *others):
-        if (part.untyped_storage().data_ptr(), part.data_ptr()) != (memory, end) or not part.is_contiguous():
-            return None
-        if part.shape[1:] != first.shape[1:] or part.dtype != first.dtype:
-            return None
-        end += part.numel() * part.element_size()
-    rows = len(first) + sum(len(part) for part in others)
-    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
-
-
 def linear_gated(x, weight, a, b, tiles: Tiles, out=None):
     """x @ weight.T and what the experts add to it: out [T, O_1 + ... + O_M], allocated if not given.
 
     x [T, I], weight [O_1 + ... + O_M, I]; for each linear of the group a [R, I] and b [R, O_m]. One matmul of the vendor's if the a lie
-    behind the weight (`pack`), else two. Other conditions as of `expand_gated`.
+    behind the weight (`appended`), else two. Other conditions as of `expand_gated`.
     """
-    whole = packed(weight, a)
-    if whole is None:
+    matrix = whole(weight, a)
+    if matrix is None:
         return add_gated(torch.mm(x, weight.T, out=out), x, a, b, tiles)
-    y, h = torch.nn.functional.linear(x, whole).split([len(weight), len(whole) - len(weight)], dim=1)
+    y, h = torch.nn.functional.linear(x, matrix).split([len(weight), len(matrix) - len(weight)], dim=1)
     return expand_gated(y, h, b, tiles, out)
 
 
 def add_gated(y, x, a, b, tiles: Tiles):
     """y [T, O_1 + ... + O_M], changed in place, plus what the experts add. Arguments as of `linear_gated`."""
-    whole = packed(a[0], a[1:])
-    if whole is None:
-        h = torch.cat([torch.nn.functional.linear(x, part) for part in a], dim=1)
-    else:
-        h = torch.nn.functional.linear(x, whole)
+    matrix = whole(a[0], a[1:])
+    h = torch.cat([x @ part.T for part in a], dim=1) if matrix is None else x @ matrix.T
     return expand_gated(y, h, b, tiles, y)
 
 

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.linear import (
 
 from adafuse.integrations.vllm.op import Group
 from adafuse.integrations.vllm.routing import Step
+from adafuse.ops.appended import append
 
 
 class Piece(NamedTuple):
@@ -150,27 +151,34 @@ def adapt(layer: LinearBase, found: list[Piece], tensors: dict, step: Step, deci
     tensors: of each piece, by its place, the exchange tensors of its bank (experts_a [E, r, I], experts_b [E, O, r],
     ...).
     """
-    a, b = [], []
-    for index, piece in enumerate(found):
-        for name, tensor in zip("ab", _shard(tensors[piece.place], piece), strict=True):
-            buffer = f"adafuse_{name}{index}"
-            moved = tensor.to(step.device, step.h0.dtype, copy=True).contiguous()
-            layer.register_buffer(buffer, moved, persistent=False)
-            (a if name == "a" else b).append(buffer)
+    shards = [_shard(tensors[piece.place], piece) for piece in found]
+    a, b = ([part.to(step.device, step.h0.dtype).contiguous() for part in parts] for parts in zip(*shards, strict=True))
     group = _group(layer, found, step)
+    a = append(a[0], a[1:]) if group is None else _append(layer, a)
+    names = [
+        _register(layer, {f"{name}{n}": part for n, part in enumerate(parts)}) for name, parts in (("a", a), ("b", b))
+    ]
     row = step.join(group)
-    routing, room = _register(layer, step.routing), _register(layer, step.room)
+    routing, room = (_register(layer, buffers._asdict()) for buffers in (step.routing, step.room))
     columns = [piece.column for piece in found]
-    layer.adafuse = Adapter(a, b, routing, room, columns, row, decision, list(step.shape))
+    layer.adafuse = Adapter(*names, routing, room, columns, row, decision, list(step.shape))
     layer.quant_method = _adapted(layer.quant_method, AddedMethod if group is None else WholeMethod)
 
 
-def _register(layer, buffers: NamedTuple) -> list[str]:
+def _register(layer, buffers: dict) -> list[str]:
     """The buffers' names in the layer."""
-    names = [f"adafuse_{name}" for name in buffers._fields]
-    for name, buffer in zip(names, buffers, strict=True):
+    names = [f"adafuse_{name}" for name in buffers]
+    for name, buffer in zip(names, buffers.values(), strict=True):
         layer.register_buffer(name, buffer, persistent=False)
     return names
+
+
+def _append(layer, a):
+    """`a` anew, behind the layer's weights, which move for it: then one matmul makes the outputs of both (`ops.gated`)."""
+    layer.weight.data, *a = append(layer.weight, a)
+    if layer.weight.is_cuda:
+        torch.cuda.empty_cache()  # no later matrix is as small as the one that is left behind: the memory would stay unused
+    return a
 
 
 def _group(layer, found, step) -> Group | None:
