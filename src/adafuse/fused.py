@@ -11,7 +11,7 @@ from adafuse.execution import FEW_TOKENS, fused_form
 from adafuse.ops.batch import add_delta_tiles, shrink_tiles
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import EMPTY, MAX_FEATURES, copies_of_h, decode, expand, shrink
-from adafuse.ops.launch import processors
+from adafuse.ops.launch import processors, since_hopper
 from adafuse.ops.matmul import matmul_tiles, readable
 from adafuse.plan import Plan
 
@@ -60,12 +60,12 @@ class FusedBlock:
             if type(base) is nn.Linear and not _is_watched(base)
             else y.clone(memory_format=torch.contiguous_format)
         )
-        rows = layer.dropout(rows).to(dtype)
+        rows, pdl = layer.dropout(rows).to(dtype), since_hopper(rows)
         if len(rows) > FEW_TOKENS:
-            add_delta_tiles(y.view(-1, y.shape[-1]), rows, a, b, plan.tiles)
+            add_delta_tiles(y.view(-1, y.shape[-1]), rows, a, b, plan.tiles, pdl=pdl)
         else:
-            h = shrink(rows, (a,), plan.chosen, _h(rows, plan.chosen)[0])
-            expand(h[:, 0], b, plan.chosen, y.view(-1, y.shape[-1]))
+            h = shrink(rows, (a,), plan.chosen, _h(rows, plan.chosen)[0], pdl=pdl)
+            expand(h[:, 0], b, plan.chosen, y.view(-1, y.shape[-1]), pdl=pdl)
         return y
 
 
@@ -104,7 +104,7 @@ def _matmul(rows, weight, a, b, plan):
 
 def _tiles(rows, weight, a, b, plan):
     y = torch.nn.functional.linear(rows, weight)
-    add_delta_tiles(y, rows, a, b, plan.tiles)
+    add_delta_tiles(y, rows, a, b, plan.tiles, pdl=since_hopper(rows))
     return y
 
 
