@@ -18,7 +18,7 @@ from adafuse.plan import Plan
 
 @torch.compiler.disable  # the kernels write into what they are given, which a trace of them need not see
 def fused_blocks(routing, config, num_blocks) -> list[FusedBlock]:
-    """What each block of a forward needs, from one routing."""
+    """What each block of a forward needs, from one routing. In a plan of this forward's own: another may be under way."""
     plan = Plan.of(routing, config)
     return [FusedBlock(plan, block) for block in range(num_blocks)]
 
