@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpus import early_launch
 
 pytest.importorskip("triton")
 
@@ -239,7 +240,7 @@ def check_at_size(size, dtype, **options):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
-@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("pdl", [False, pytest.param(True, marks=early_launch)])
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("size", BIG, ids=str)
 def test_it_equals_the_reference_at_size(size, dtype, pdl):
@@ -254,6 +255,7 @@ def test_many_more_programs_than_the_device_holds(tokens):
     check_at_size((tokens, 4096, (4096, 4096), 8, 64, 2, 0), torch.bfloat16, given=given)
 
 
+@early_launch
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("tokens", [32, 256])

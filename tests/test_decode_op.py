@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpus import early_launch
 
 pytest.importorskip("triton")
 
@@ -122,7 +123,7 @@ def test_tiles_change_nothing(size, tile):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
-@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("pdl", [False, pytest.param(True, marks=early_launch)])
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("size", BIG, ids=str)
 def test_the_kernels_equal_the_loop_at_size(size, dtype, pdl):
