@@ -15,7 +15,7 @@ from layerwise_token import one_launch
 from adafuse.engine.kernels import Step
 from adafuse.engine.linears import Linear
 from adafuse.ops.decode import EMPTY, _tile_of, copies_of_h
-from adafuse.ops.launch import cdiv, launch_options, next_power_of_2
+from adafuse.ops.launch import cdiv, launch_options, next_power_of_2, wait_for_inputs
 
 BLOCK_O = 64
 
@@ -26,9 +26,7 @@ def _choose_and_add_kernel(
     R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program: BLOCK_O outputs of a linear for a token. wide [T, TOTAL + M (E R + E)]: outputs of the base; h and logits by linear."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_inputs(PDL)
     b, linear, block, column, width = _tile_of(tl.program_id(0), banks_b, widths, BLOCK_O)
     wide += tl.program_id(1) * stride_wide
     mine = wide + TOTAL + linear * (E * R + E)

@@ -10,6 +10,11 @@ import interpreter
 import pytest
 import torch
 
+# Tests run side by side, as many as pytest-xdist has workers: each takes its share of the cores.
+if "OMP_NUM_THREADS" not in os.environ:
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
 if not torch.cuda.is_available():
     os.environ.setdefault(
         "TRITON_INTERPRET", "1"

@@ -3,10 +3,11 @@
 import torch
 
 from adafuse.ops.attend import Heads, Room, attend
-from adafuse.ops.batch import add_delta_tiles, lay_out, shrink_tiles
+from adafuse.ops.batch import add_delta_tiles, expand_tiles, lay_out, shrink_tiles
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.crowd import crowd, cut_for
-from adafuse.ops.decode import EMPTY, copies_of_h, decode, expand, shrink
+from adafuse.ops.decode import EMPTY, Tile, copies_of_h, decode, expand, shrink
+from adafuse.ops.launch import processors, since_hopper
 from adafuse.ops.matmul import matmul_tiles, readable
 from adafuse.ops.norm import add_norm, embed_norm, swiglu
 from adafuse.ops.pick import pick, room
@@ -14,63 +15,77 @@ from adafuse.ops.route import route
 from adafuse.ops.switch import Segment, SwitchTable, switch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU runs it in the interpreter, so that it does not rot
+EARLY = {"pdl": since_hopper(torch.empty(0, device=DEVICE))}
 
 
-def normal(*shape):
-    return torch.randn(shape, device=DEVICE).bfloat16()
+def normal(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape, device=DEVICE).to(dtype)
 
 
 def experts_of(tokens, num_experts, top_k):
     return torch.rand(tokens, num_experts, device=DEVICE).argsort(-1)[:, :top_k].int()
 
 
-def a_decode(tokens, features, widths, num_experts, r, top_k, shared):
+def a_decode(tokens, features, widths, num_experts, r, top_k, shared, dtype=torch.bfloat16, **options):
     ranks = num_experts * r + shared
     weights = torch.rand(tokens, top_k, device=DEVICE)
     chosen = Chosen(experts_of(tokens, num_experts, top_k), weights, num_experts, r, shared, 0.5)
-    x, base = normal(tokens, features), [normal(o, features) for o in widths]
-    banks = {"banks_a": [normal(ranks, features) for _ in widths], "banks_b": [normal(ranks, o) for o in widths]}
+    x, base = normal(tokens, features, dtype=dtype), [normal(o, features, dtype=dtype) for o in widths]
+    banks_a = [normal(ranks, features, dtype=dtype) for _ in widths]
+    banks_b = [normal(ranks, o, dtype=dtype) for o in widths]
     h = torch.full(
         (copies_of_h(chosen.active), tokens, len(widths), chosen.active), EMPTY.value, dtype=torch.int32, device=DEVICE
     )
-    decode(x, base, normal(tokens, sum(widths)), **banks, chosen=chosen, h=h)
-    decode(x, base, normal(tokens, sum(widths)))
-    shrink(x, banks["banks_a"], chosen, h[0])
-    expand(h[0, :, 0], banks["banks_b"][0], chosen, normal(tokens, widths[0]))
+    out, banks = normal(tokens, sum(widths), dtype=dtype), {"banks_a": banks_a, "banks_b": banks_b}
+    decode(x, base, out, **banks, chosen=chosen, h=h, **options)
+    decode(x, base, out, **options)
+    shrink(x, banks_a, chosen, h[0], **EARLY)
+    expand(h[0, :, 0], banks_b[0], chosen, normal(tokens, widths[0], dtype=dtype), **EARLY)
 
 
-def a_batch(tokens, features, widths, num_experts, r, top_k, shared):
+def a_second_tile():
+    """More outputs than the device is taken to have places for programs: the first ones compute another tile."""
+    outputs = processors(torch.empty(0, device=DEVICE)) + 8
+    a_decode(1, 40, (outputs - 50, 50), 6, 2, 2, 1, tile=Tile(1, 4, resident=1))
+
+
+def a_batch(tokens, features, widths, num_experts, r, top_k, shared, dtype=torch.bfloat16, splits=None):
     ranks = num_experts * r + shared
     routing = experts_of(tokens, num_experts, top_k), torch.rand(tokens, top_k, device=DEVICE)
     tiles = lay_out(*routing, num_experts=num_experts, r=r, shared_rank=shared)
-    a, b = [normal(ranks, features) for _ in widths], [normal(ranks, o) for o in widths]
-    x, weights = normal(tokens, features), [normal(o, features) for o in widths]
-    add_delta_tiles([normal(tokens, o) for o in widths], x, a, b, tiles)
+    a = [normal(ranks, features, dtype=dtype) for _ in widths]
+    b = [normal(ranks, o, dtype=dtype) for o in widths]
+    x, weights = normal(tokens, features, dtype=dtype), [normal(o, features, dtype=dtype) for o in widths]
+    outs, wide = [normal(tokens, o, dtype=dtype) for o in widths], normal(tokens, sum(widths), dtype=dtype)
+    add_delta_tiles(outs, x, a, b, tiles)
+    h = shrink_tiles(x, a, tiles, splits=splits, **EARLY)
+    expand_tiles(h, b, tiles, outs, add=False, **EARLY)
     if all(readable(each) for each in (*weights, *b)):
-        matmul_tiles(x, weights, shrink_tiles(x, a, tiles), b, tiles, normal(tokens, sum(widths)))
+        matmul_tiles(x, weights, h, b, tiles, wide)
 
 
-def a_crowd(tokens, features, widths, num_experts, r):
+def a_crowd(tokens, features, widths, num_experts, r, dtype=torch.bfloat16):
     ranks = num_experts * r
-    cut = cut_for(tokens, features, widths, ranks)
+    cut = cut_for(tokens, features, widths, ranks, dtype)
     gates = torch.rand(tokens, num_experts + 1, device=DEVICE)
-    h = torch.empty(cut.h_shape(tokens, len(widths), ranks), device=DEVICE, dtype=torch.bfloat16)
+    h = torch.empty(cut.h_shape(tokens, len(widths), ranks), device=DEVICE, dtype=dtype)
     flags = torch.zeros(cut.num_flags(tokens, len(widths), ranks), device=DEVICE, dtype=torch.int32)
     scratch = {"h": h, "partial": torch.empty(cut.partial_shape, device=DEVICE), "flags": flags, "cut": cut}
-    banks = {"banks_a": [normal(ranks, features) for _ in widths], "banks_b": [normal(ranks, o) for o in widths]}
-    x, base, out = normal(tokens, features), [normal(o, features) for o in widths], normal(tokens, sum(widths))
-    crowd(x, base, out, **banks, gates=gates, r=r, **scratch)
+    banks_a = [normal(ranks, features, dtype=dtype) for _ in widths]
+    banks_b = [normal(ranks, o, dtype=dtype) for o in widths]
+    x, base = normal(tokens, features, dtype=dtype), [normal(o, features, dtype=dtype) for o in widths]
+    out = normal(tokens, sum(widths), dtype=dtype)
+    crowd(x, base, out, banks_a=banks_a, banks_b=banks_b, gates=gates, r=r, **scratch, **EARLY)
 
 
-def a_switch():
+def a_switch(shapes, dtype=torch.bfloat16):
+    """shapes: rows, columns and rank of each weight."""
     experts, weights = experts_of(1, 6, 2), torch.rand(1, 2, device=DEVICE)
     for pristine in (True, False):
-        segments = [
-            Segment(
-                w, normal(6 * r, w.shape[0]), normal(6 * r, w.shape[1]), r, 6, source=w.clone() if pristine else None
-            )
-            for w, r in ((normal(63, 40), 4), (normal(17, 129), 1), (normal(256, 192), 16))
-        ]
+        segments = []
+        for m, n, r in shapes:
+            w, left, right = (normal(*shape, dtype=dtype) for shape in ((m, n), (6 * r, m), (6 * r, n)))
+            segments.append(Segment(w, left, right, r, 6, source=w.clone() if pristine else None))
         table = SwitchTable(segments, top_k=2)
         switch(table, experts, weights)
         switch(table, experts_of(1, 6, 2), weights, old=(experts, weights))
@@ -81,7 +96,7 @@ def a_route():
     weights, logits = torch.empty(3, 2, 2, device=DEVICE), torch.empty(2, 21, device=DEVICE)
     router = torch.randn(21, 63, device=DEVICE)
     h0, options = torch.randn(2, 63, device=DEVICE), {"num_experts": 7, "scale": 2.0, "logits": logits}
-    route(h0, router, experts, weights, **options)
+    route(h0, router, experts, weights, **options, **EARLY)
     inner = {"hidden": torch.randn(9, 63, device=DEVICE), "hidden_out": torch.empty(2, 9, device=DEVICE)}
     route(h0, torch.randn(21, 9, device=DEVICE), experts, weights, **options, **inner)
 
@@ -104,15 +119,20 @@ def small_kernels(tokens, hidden, heads, kv_heads, dim, length):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    a_decode(1, 64, (32, 16), 8, 4, 2, 0)
-    a_decode(3, 63, (17, 5, 9), 6, 1, 6, 3)
+    a_decode(1, 64, (32, 16), 8, 4, 2, 0, **EARLY)
+    a_decode(3, 63, (17, 5, 9), 6, 1, 6, 3, torch.float32)
     a_decode(1, 256, (64,), 8, 16, 2, 0)
-    a_batch(33, 63, (17, 40), 6, 4, 2, 3)
-    a_batch(130, 128, (64,), 8, 16, 2, 0)
+    a_second_tile()
+    a_batch(33, 63, (17, 40), 6, 4, 2, 3, torch.float32)
+    a_batch(130, 128, (64,), 8, 16, 2, 0, splits=2)
     a_batch(130, 72, (64, 24, 304), 8, 16, 2, 3)
     a_crowd(33, 192, (72, 40), 4, 8)
+    a_crowd(12, 72, (40,), 4, 4, torch.float32)
     a_crowd(130, 256, (128,), 8, 16)
-    a_switch()
+    a_switch([(63, 40, 4), (17, 129, 1), (256, 192, 16)])
+    a_switch([(63, 40, 4)], torch.float32)
+    a_switch([(136, 264, 64)])  # in place 256 ranks: the next tile of the weight waits in registers
+    a_switch([(136, 136, 128)])  # in place 512: more than a program keeps
     a_route()
     small_kernels(2, 63, 6, 2, 8, 90)
     small_kernels(1, 256, 4, 4, 128, 200)

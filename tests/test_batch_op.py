@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from gpus import early_launch
 
 pytest.importorskip("triton")
 
@@ -324,6 +325,7 @@ def test_large_sizes_on_the_gpu(dtype, size, features, outputs):
     check_delta("uniform", size, features, outputs, dtype)
 
 
+@early_launch
 @pytest.mark.gpu
 def test_capture_and_dependent_launch_change_nothing():
     size = (256, 8, 2, 64, 0)

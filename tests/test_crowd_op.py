@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from gpus import early_launch
+from test_batch_op import ROUTINGS, route
 
 pytest.importorskip("triton")
 
+from adafuse.ops.batch import dense_gates
 from adafuse.ops.crowd import crowd, crowd_ref, cut_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,16 +45,6 @@ BIG = [
 ]
 
 
-def experts_of(kind, tokens, num_experts, top_k):
-    """int64 [T, K], distinct within a token."""
-    preference = torch.rand(tokens, num_experts)
-    if kind == "identical":
-        preference = preference[:1].expand(tokens, -1)
-    if kind == "zipf":
-        preference = preference.log() * torch.arange(1, num_experts + 1)
-    return preference.topk(top_k, dim=-1).indices
-
-
 def a_case(tokens, features, widths, num_experts, r, top_k, shared, dtype, kind="uniform"):
     torch.manual_seed(0)
     ranks = num_experts * r + shared
@@ -59,14 +52,12 @@ def a_case(tokens, features, widths, num_experts, r, top_k, shared, dtype, kind=
     def normal(*shape, scale=1.0):
         return (torch.randn(shape) * scale).to(DEVICE, dtype)
 
-    gates = torch.zeros(tokens, num_experts + 1)
-    gates.scatter_(1, experts_of(kind, tokens, num_experts, top_k), torch.rand(tokens, top_k) + 0.1)
-    gates[:, -1] = SHARED_SCALE
+    gates = dense_gates(*route(kind, tokens, num_experts, top_k), num_experts, SHARED_SCALE)
     x = normal(tokens, features)
     weights = [normal(o, features, scale=features**-0.5) for o in widths]
     banks_a = [normal(ranks, features, scale=features**-0.5) for _ in widths]
     banks_b = [normal(ranks, o) for o in widths]
-    return x, weights, banks_a, banks_b, gates.to(DEVICE)
+    return x, weights, banks_a, banks_b, gates
 
 
 def loop(x, w, a, b, gates, r):
@@ -124,7 +115,7 @@ def test_it_equals_the_loop(size, dtype):
     check(size, dtype)
 
 
-@pytest.mark.parametrize("kind", ["identical", "zipf"])
+@pytest.mark.parametrize("kind", ROUTINGS)
 @pytest.mark.parametrize("size", [SIZES[0], SIZES[3]], ids=str)
 def test_every_routing(kind, size):
     check(size, torch.float32, kind)
@@ -239,7 +230,7 @@ def check_at_size(size, dtype, **options):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
-@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("pdl", [False, pytest.param(True, marks=early_launch)])
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("size", BIG, ids=str)
 def test_it_equals_the_reference_at_size(size, dtype, pdl):
@@ -254,6 +245,7 @@ def test_many_more_programs_than_the_device_holds(tokens):
     check_at_size((tokens, 4096, (4096, 4096), 8, 64, 2, 0), torch.bfloat16, given=given)
 
 
+@early_launch
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("tokens", [32, 256])

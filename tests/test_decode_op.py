@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from gpus import early_launch
+from test_batch_op import ROUTINGS, route
 
 pytest.importorskip("triton")
 
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.decode import EMPTY, Tile, copies_of_h, decode, decode_ref, expand, expand_ref, shrink, shrink_ref
+from adafuse.ops.launch import processors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative RMS
@@ -30,13 +33,6 @@ BIG = [
 ]
 
 
-def routing_of(kind, tokens, num_experts, top_k):
-    """experts [T, K], distinct within a token."""
-    if kind == "identical":
-        return torch.randperm(num_experts)[:top_k].repeat(tokens, 1)
-    return torch.stack([torch.randperm(num_experts)[:top_k] for _ in range(tokens)])
-
-
 def a_case(tokens, features, widths, num_experts, r, top_k, shared, dtype, kind="uniform"):
     torch.manual_seed(0)
     ranks = num_experts * r + shared
@@ -44,8 +40,7 @@ def a_case(tokens, features, widths, num_experts, r, top_k, shared, dtype, kind=
     def normal(*shape, scale=1.0):
         return (torch.randn(shape) * scale).to(DEVICE, dtype)
 
-    experts = routing_of(kind, tokens, num_experts, top_k).int().to(DEVICE)
-    chosen = Chosen(experts, torch.rand(tokens, top_k, device=DEVICE), num_experts, r, shared, SHARED_SCALE)
+    chosen = Chosen(*route(kind, tokens, num_experts, top_k), num_experts, r, shared, SHARED_SCALE)
     x = normal(tokens, features)
     weights = [normal(o, features, scale=features**-0.5) for o in widths]
     banks_a = [normal(ranks, features, scale=features**-0.5) for _ in widths]
@@ -108,8 +103,15 @@ def test_the_kernels_equal_the_loop(size, dtype):
     check(size, dtype)
 
 
-def test_tokens_that_choose_the_same_experts():
-    check((3, 64, (32,), 8, 4, 2, 0), torch.float32, kind="identical")
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_every_routing(kind):
+    check((3, 64, (32,), 8, 4, 2, 0), torch.float32, kind=kind)
+
+
+def test_the_first_programs_compute_a_second_tile():
+    """More outputs than the device is taken to have places for programs; the second tiles are of the other linear."""
+    outputs = processors(torch.empty(0, device=DEVICE))
+    check((1, 40, (outputs - 30, 60), 6, 2, 2, 1), torch.float32, tile=Tile(1, 4, resident=1))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_tiles_change_nothing(size, tile):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
-@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("pdl", [False, pytest.param(True, marks=early_launch)])
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("size", BIG, ids=str)
 def test_the_kernels_equal_the_loop_at_size(size, dtype, pdl):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engine_models import adapted, generated, prompt
 from families import family, fill
+from gpus import early_launch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("triton")
@@ -165,6 +166,7 @@ def late(source):
     return target
 
 
+@early_launch
 @pytest.mark.parametrize("times", range(3))
 def test_norm_waits_and_passes_the_wait_on(times):
     """A late y, its norm, and a linear that reads the norm."""
@@ -181,6 +183,7 @@ def test_norm_waits_and_passes_the_wait_on(times):
     assert relative_error(last, (exact @ matrix.double().T).cpu()) < 1e-2
 
 
+@early_launch
 @pytest.mark.parametrize("times", range(3))
 def test_attention_waits_for_its_queries(times):
     qkv, cache, at, rotary, _ = attention_case(8, 2, 128, 600, (599, 0, 300), torch.bfloat16)
@@ -194,6 +197,7 @@ def test_attention_waits_for_its_queries(times):
     assert relative_error(out, exact.cpu()) < 1e-2
 
 
+@early_launch
 @pytest.mark.parametrize("times", range(3))
 def test_activation_and_pick_wait(times):
     gate_up, logits = torch.randn(2, 5000, device="cuda").bfloat16(), torch.randn(2, 32000, device="cuda").bfloat16()

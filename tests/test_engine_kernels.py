@@ -1,5 +1,7 @@
 """The engine's steps on kernels against HuggingFace. On a CPU the kernels run in Triton's interpreter, so texts are short here."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from engine_models import adapted, bare, generated, prompt
@@ -8,6 +10,7 @@ from reference import relative_error
 pytest.importorskip("triton")
 
 from adafuse import Engine
+from adafuse.engine.runner import Runner
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COUNT = 200 if torch.cuda.is_available() else 6
@@ -239,3 +242,18 @@ def test_a_linear_that_gets_a_hook_later_is_refused():
     model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="hooks, which the kernels would not run"):
         one.generate([[1]])
+
+
+@pytest.mark.parametrize(
+    ("capability", "early"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 1), True)]
+)
+def test_kernels_start_early_only_where_the_gpu_has_it(monkeypatch, capability, early):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    asked = []
+    step = SimpleNamespace(
+        run=lambda *_, pdl: asked.append(("run", pdl)), pick=lambda *_, pdl, **__: asked.append(("pick", pdl))
+    )
+    runner = SimpleNamespace(_kernel_step=lambda *_: step, picked=[0], advance=[1], length=8)
+    tokens = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+    Runner._step_on_kernels(runner, 1, True, SimpleNamespace(plain=True), tokens, tokens)
+    assert asked == [("run", early), ("pick", early)]

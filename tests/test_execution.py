@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import NAMES, batch, family, fill
-from reference import relative_error, run
+from reference import relative_error, relative_rms, run
 from transformers import DynamicCache
 
 pytest.importorskip("triton")
@@ -32,8 +32,8 @@ def attached(name="llama", dtype=torch.float32, **changes) -> AdaFuseModel:
 
 def exact(model, name, **inputs):
     """Logits of the per-token loop."""
-    fam = family(name)
-    return run(fam.build(), fam.blocks, model.adafuse_config, model.adapter_tensors(), **inputs).logits
+    fam, tensors = family(name), {name: tensor.cpu() for name, tensor in model.adapter_tensors().items()}
+    return run(fam.build(), fam.blocks, model.adafuse_config, tensors, **inputs).logits
 
 
 def weights_of(model):
@@ -146,6 +146,32 @@ def test_every_execution_generates_the_same_tokens(name, routing, source):
             assert relative_error(weight, before[path]) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("dtype", "source"),
+    [
+        (torch.bfloat16, "pristine"),
+        pytest.param(torch.bfloat16, "in_place", marks=pytest.mark.gpu),
+        pytest.param(torch.float16, "pristine", marks=pytest.mark.gpu),
+        pytest.param(torch.float16, "in_place", marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:switch_source")
+def test_switch_is_as_exact_as_the_reference_in_half_precision(dtype, source):
+    """Through generate, made to say the same tokens; the truth is the loop in fp32. Merging rounds the weights once more."""
+    whole, prompt = batch(rows=1, length=8 if DEVICE == "cpu" else 12), 5
+    wanted = exact(attached(), "llama", input_ids=whole)[:, prompt - 1 : -1]
+    model, errors = attached(dtype=dtype), {}
+    model.switch_source = source
+    forced = {"prefix_allowed_tokens_fn": lambda _, seen: [whole[0, len(seen)].item()], **GREEDY}
+    for execution in ("reference", "switch"):
+        model.execution = execution
+        given = {"max_new_tokens": whole.shape[1] - prompt, "output_logits": True, "return_dict_in_generate": True}
+        output = model.generate(whole[:, :prompt].to(DEVICE), **forced, **given)
+        assert torch.equal(output.sequences.cpu(), whole)
+        errors[execution] = relative_rms(torch.stack(output.logits, dim=1).cpu(), wanted)
+    assert errors["switch"] < (1.5 if source == "pristine" else 4) * errors["reference"]
+
+
 def merged_model(**changes):
     """A model whose weights hold the experts of a token."""
     model = attached(**changes)
@@ -238,6 +264,9 @@ def test_switch_in_place_warns_once():
         warnings.simplefilter("always")
         model.execution = "switch"
         model.generate(batch(rows=1, length=2).to(DEVICE), max_new_tokens=3, **GREEDY)
+        model.bfloat16().float()  # each makes a new table
+        model.execution = "reference"
+        model.execution = "switch"
     assert sum("drift" in str(each.message) or "pile up" in str(each.message) for each in caught) == 1
 
 
@@ -290,12 +319,12 @@ def test_switch_refuses_weights_that_it_cannot_merge_into():
         pass
 
     linear.__class__ = Quantised
-    model = AdaFuseModel(base, AdaFuseConfig(num_experts=2, r=2))
+    model = AdaFuseModel(base, AdaFuseConfig(num_experts=2, r=2)).to(DEVICE)
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj \(Quantised\) does not keep plain ones"):
         model.execution = "switch"
     assert model.execution == "auto"
     model.execution = "fused"
-    ids = batch(rows=1, length=2)
+    ids = batch(rows=1, length=2).to(DEVICE)
     fill(model)
     with torch.no_grad():
         fused = model(input_ids=ids).logits

@@ -1,4 +1,4 @@
-"""Every form of "fused" over sizes and kinds of routing, from one plan, in memory poisoned with NaN, against float64."""
+"""Every form of "fused", and "switch", over sizes and kinds of routing, in memory poisoned with NaN, against float64."""
 
 import runpy
 from pathlib import Path
@@ -9,17 +9,43 @@ import torch
 pytest.importorskip("triton")
 
 from test_batch_op import DEVICE, LIMITS, ROUTINGS, route
+from test_switch_op import a_routing, a_segment, delta, shared_delta
+from test_switch_op import check as check_weights
 
 from adafuse import AdaFuseConfig
 from adafuse.fused import FORMS
+from adafuse.ops.decode import expand, shrink
+from adafuse.ops.switch import SwitchTable, switch
 from adafuse.plan import Plan
 from adafuse.router import Routing
 
 ON_GPU = DEVICE == "cuda"
 # num_experts, top_k
-EXPERTS = [(1, 1), (6, 1), (6, 2), (8, 2), (64, 1), (64, 2), (64, 16)]
-TOKENS = {1: ("decode",), 2: ("decode",), 7: ("decode", "tiles"), 63: ("crowd", "tiles"), 1000: ("tiles", "matmul")}
+EXPERTS = [(1, 1), (6, 1), (6, 2), (8, 1), (8, 2), (64, 1), (64, 2), (64, 16), (256, 16)]
+TOKENS = {
+    1: ("decode", "beside"),
+    2: ("decode", "beside", "crowd"),
+    7: ("decode", "beside", "crowd", "tiles"),
+    63: ("crowd", "tiles"),
+    1000: ("tiles", "matmul"),
+}
+IN_INTERPRETER = [
+    (1, "decode"),
+    (1, "beside"),
+    (7, "decode"),
+    (7, "crowd"),
+    (63, "crowd"),
+    (63, "tiles"),
+    (63, "matmul"),
+]
 FEATURES, OUTPUTS = (256, 200) if ON_GPU else (40, 24)
+
+
+def beside(x, w, a, b, plan):
+    """The experts of a few tokens beside the base's own matmul."""
+    y, chosen = torch.nn.functional.linear(x, w), plan.chosen
+    h = torch.empty(len(x), 1, chosen.active, dtype=torch.int32, device=DEVICE)
+    return expand(shrink(x, (a,), chosen, h)[:, 0], b, chosen, y)
 
 
 @pytest.fixture(autouse=True)
@@ -39,15 +65,27 @@ def check(form, dtype, kind, tokens, config):
     b = torch.randn(ranks, OUTPUTS, device=DEVICE).to(dtype)
     experts, weights = route(kind, tokens, config.num_experts, config.top_k)
     plan = Plan.of(Routing(experts.long()[None, :, None], weights[None, :, None]), config).of_block(0)
-    got = FORMS[form](x, w, a, b, plan)
+    got = (beside if form == "beside" else FORMS[form])(x, w, a, b, plan)
     mask = torch.zeros(tokens, config.num_experts, dtype=torch.float64, device=DEVICE)
     for slot in range(config.top_k):
-        mask[torch.arange(tokens), experts[:, slot].long()] += weights[:, slot].double() * config.scale
+        mask[torch.arange(tokens, device=DEVICE), experts[:, slot].long()] += weights[:, slot].double() * config.scale
     mask = mask.repeat_interleave(config.r, dim=1)
     mask = torch.cat([mask, torch.full_like(mask[:, :1], config.shared_scale).expand(-1, config.shared_rank)], dim=1)
     exact = x.double() @ w.double().T + ((x.double() @ a.double().T) * mask) @ b.double()
     error = ((got.double() - exact).norm() / exact.norm()).item()
     assert error < LIMITS[dtype], f"{form}, {kind}, {tokens} tokens: {error:.1e}"
+
+
+def check_switch(dtype, config, shape):
+    """From a copy, and in place from one routing to another."""
+    for pristine in (True, False):
+        sizes = {name: getattr(config, name) for name in ("num_experts", "top_k", "r", "shared_rank")}
+        s = a_segment(*shape, **sizes, pristine=pristine, dtype=dtype)
+        old, new = a_routing([s], config.top_k, 1), a_routing([s], config.top_k, 1)
+        exact = s.reads.double() + delta(s, *new) + (shared_delta(s, 0.7) if pristine else -delta(s, *old))
+        with torch.no_grad():
+            switch(SwitchTable([s], top_k=config.top_k), *new, old=old, shared_scale=0.7)
+        check_weights([s], [exact])
 
 
 @pytest.mark.gpu
@@ -64,15 +102,48 @@ def test_all_forms_on_the_gpu(experts, r, dtype):
                 check(form, dtype, kind, tokens, config)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("r", [1, 4, 16, 64])
+@pytest.mark.parametrize("experts", EXPERTS, ids=str)
+def test_switch_on_the_gpu(experts, r, dtype):
+    torch.manual_seed(0)
+    for shared_rank, shape in ((0, (256, 200)), (3, (129, 67))):
+        config = AdaFuseConfig(num_experts=experts[0], top_k=experts[1], r=r, shared_rank=shared_rank)
+        check_switch(dtype, config, shape)
+
+
+SMALL = ((6, 2, 4), (8, 1, 16), (16, 8, 1))  # num_experts, top_k, r
+
+
 @pytest.mark.skipif(ON_GPU, reason="the same at full size runs on the GPU")
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize(("tokens", "form"), [(n, form) for n in (1, 7, 63) for form in TOKENS[n]] + [(63, "matmul")])
+@pytest.mark.parametrize(("tokens", "form"), IN_INTERPRETER)
 def test_all_forms_in_the_interpreter(tokens, form, dtype):
+    """Each form sees all kinds of routing, some in each dtype."""
     torch.manual_seed(0)
-    kind = ROUTINGS[(tokens + len(form)) % len(ROUTINGS)]
-    for num_experts, top_k, r in ((6, 2, 4), (8, 1, 16), (16, 8, 1)):
+    for n, (num_experts, top_k, r) in enumerate(SMALL):
         config = AdaFuseConfig(num_experts=num_experts, top_k=top_k, r=r, shared_rank=3)
+        kind = ROUTINGS[(list(LIMITS).index(dtype) + 2 * n) % len(ROUTINGS)]
         check(form, dtype, kind, tokens, config)
+
+
+@pytest.mark.skipif(ON_GPU, reason="the same at full size runs on the GPU")
+@pytest.mark.parametrize(
+    ("form", "tokens"), [("decode", 2), ("beside", 2), ("crowd", 20), ("tiles", 20), ("matmul", 20)]
+)
+def test_hundreds_of_experts_in_the_interpreter(form, tokens):
+    torch.manual_seed(0)
+    check(form, torch.float32, "uniform", tokens, AdaFuseConfig(num_experts=256, top_k=16, r=1, shared_rank=3))
+
+
+@pytest.mark.skipif(ON_GPU, reason="the same at full size runs on the GPU")
+@pytest.mark.parametrize(("num_experts", "top_k", "r"), [(8, 1, 4), (64, 2, 4), (256, 16, 1)])
+def test_switch_in_the_interpreter(num_experts, top_k, r):
+    torch.manual_seed(0)
+    config = AdaFuseConfig(num_experts=num_experts, top_k=top_k, r=r, shared_rank=3)
+    check_switch(torch.float32, config, (40, 24))
 
 
 @pytest.mark.skipif(ON_GPU, reason="compute-sanitizer runs it on the GPU")

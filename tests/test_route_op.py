@@ -1,5 +1,7 @@
 """The router's kernels against the router. On a CPU they run under Triton's interpreter."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -11,7 +13,13 @@ from adafuse.router import Router
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # tokens, hidden size, experts, top_k, decisions, width of the hidden layer
-SIZES = [(1, 64, 8, 2, 1, 0), (3, 63, 6, 6, 3, 0), (5, 40, 1, 1, 2, 12), (2, 130, 64, 16, 4, 0), (8, 48, 7, 1, 1, 5)]
+SIZES = [
+    (1, 64, 8, 2, 1, 0),
+    (3, 63, 6, 6, 3, 0),
+    (5, 40, 1, 1, 2, 12),
+    (2, 130, 64, 16, 4, 0),
+    (8, 48, 7, 1, 1, 5),
+]
 
 
 def routed(router, h0, scale=2.0):
@@ -38,9 +46,14 @@ def routed(router, h0, scale=2.0):
     return experts, weights
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("router_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("size", "dtype", "router_dtype"),
+    [
+        *product(SIZES, (torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16, torch.float16)),
+        ((1, 40, 256, 16, 1, 0), torch.float32, torch.float32),
+    ],
+    ids=str,
+)
 def test_the_kernels_route_as_the_router(size, dtype, router_dtype):
     """Also where the whole model was cast, its router with it."""
     tokens, features, num_experts, top_k, decisions, hidden = size

@@ -297,7 +297,7 @@ def test_gradients_are_refused():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("pristine", [True, False])
-@pytest.mark.parametrize(("r", "top_k"), [(1, 16), (16, 2), (64, 2), (64, 8)])
+@pytest.mark.parametrize(("r", "top_k"), [(1, 16), (4, 1), (16, 2), (64, 2), (64, 8)])
 def test_model_sizes_with_default_tiles(dtype, pristine, r, top_k):
     shapes = [(4096, 4096), (1024, 4096), (2112, 1000), (513, 4096 + 8)]
     sizes = {"r": r, "num_experts": top_k + 3, "top_k": top_k, "pristine": pristine, "dtype": dtype}

@@ -11,14 +11,14 @@ from adafuse.execution import FEW_TOKENS, fused_form
 from adafuse.ops.batch import add_delta_tiles, shrink_tiles
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import EMPTY, MAX_FEATURES, copies_of_h, decode, expand, shrink
-from adafuse.ops.launch import processors
+from adafuse.ops.launch import processors, since_hopper
 from adafuse.ops.matmul import matmul_tiles, readable
 from adafuse.plan import Plan
 
 
 @torch.compiler.disable  # the kernels write into what they are given, which a trace of them need not see
 def fused_blocks(routing, config, num_blocks) -> list[FusedBlock]:
-    """What each block of a forward needs, from one routing."""
+    """What each block of a forward needs, from one routing. In a plan of this forward's own: another may be under way."""
     plan = Plan.of(routing, config)
     return [FusedBlock(plan, block) for block in range(num_blocks)]
 
@@ -60,12 +60,12 @@ class FusedBlock:
             if type(base) is nn.Linear and not _is_watched(base)
             else y.clone(memory_format=torch.contiguous_format)
         )
-        rows = layer.dropout(rows).to(dtype)
+        rows, pdl = layer.dropout(rows).to(dtype), since_hopper(rows)
         if len(rows) > FEW_TOKENS:
-            add_delta_tiles(y.view(-1, y.shape[-1]), rows, a, b, plan.tiles)
+            add_delta_tiles(y.view(-1, y.shape[-1]), rows, a, b, plan.tiles, pdl=pdl)
         else:
-            h = shrink(rows, (a,), plan.chosen, _h(rows, plan.chosen)[0])
-            expand(h[:, 0], b, plan.chosen, y.view(-1, y.shape[-1]))
+            h = shrink(rows, (a,), plan.chosen, _h(rows, plan.chosen)[0], pdl=pdl)
+            expand(h[:, 0], b, plan.chosen, y.view(-1, y.shape[-1]), pdl=pdl)
         return y
 
 
@@ -104,7 +104,7 @@ def _matmul(rows, weight, a, b, plan):
 
 def _tiles(rows, weight, a, b, plan):
     y = torch.nn.functional.linear(rows, weight)
-    add_delta_tiles(y, rows, a, b, plan.tiles)
+    add_delta_tiles(y, rows, a, b, plan.tiles, pdl=since_hopper(rows))
     return y
 
 

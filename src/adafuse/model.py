@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import contextmanager
 
 import torch
@@ -34,6 +35,7 @@ class AdaFuseModel(AttachedModel):
     def __init__(self, base, config: AdaFuseConfig | None = None):
         super().__init__(base, config)
         self._switch_source = "pristine"
+        self._told_of_drift = False
 
     @classmethod
     def _prepare(cls, base, config):
@@ -75,9 +77,9 @@ class AdaFuseModel(AttachedModel):
         """How adapters are computed. The function is the same.
 
         "reference": plain PyTorch, differentiable. "fused": unmerged Triton kernels, exact, any batch, no gradients. "switch": the weights
-        of the base, merged with one token's experts and switched by one launch a token; one sequence at a time. "auto":
-        "reference" or "fused", whichever is expected to take less time (`execution.automatic`). ValueError when set to what cannot run
-        here.
+        of the base, merged with one token's experts and switched by one launch a token (each dtype of theirs); one sequence at a time.
+        "auto": "reference" or "fused", whichever is expected to take less time (`execution.automatic`). ValueError when set to what
+        cannot run here.
         """
         return self._gate.execution
 
@@ -102,12 +104,16 @@ class AdaFuseModel(AttachedModel):
         self._switch_source = value
 
     def _switcher(self):
-        from adafuse.switching import Switcher  # here, since it needs Triton
+        from adafuse.switching import DRIFT, Switcher  # here, since it needs Triton
 
         base = self.get_base_model()
         layers = [base.get_submodule(path) for path in self.banks]
         decisions, source = self.router.num_decisions, self._switch_source
-        return Switcher(base, layers, self.adafuse_config, decisions=decisions, source=source)
+        switcher = Switcher(base, layers, self.adafuse_config, decisions=decisions, source=source)
+        if switcher.in_place and not self._told_of_drift:  # once a model: moving and casting it make a new switcher
+            warnings.warn(DRIFT, stacklevel=3)
+            self._told_of_drift = True
+        return switcher
 
     def _leave_switch(self):
         """The base's own weights again, if an execution by switching has merged experts into them."""

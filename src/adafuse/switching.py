@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -47,8 +45,6 @@ class Switcher:
         # Whoever saves the base must get its own weights; the next token merges anew.
         self._hook = base.register_state_dict_pre_hook(lambda *_: self.restore())
         self.merged = False
-        if self.in_place:
-            warnings.warn(DRIFT, stacklevel=4)
 
     def _lay_out(self, decisions):
         layers, config = self.layers, self.config
@@ -106,7 +102,8 @@ class Switcher:
     @torch.compiler.disable  # a trace would not see that the kernel writes, through addresses in a table
     @torch.no_grad()
     def switch(self, routing):
-        """Make the weights those of one token's routing. One launch (per dtype of the weights); the same routing again: no work."""
+        """Make the weights those of one token's routing. One launch, or one for each dtype where the adapted weights have several; the
+        same routing again: no work."""
         self.check()
         experts, weights = self.new
         experts.copy_(routing.experts[0, 0])

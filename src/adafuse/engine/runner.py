@@ -166,7 +166,9 @@ class Runner:
             self.sample(sampler)
 
     def _step_on_kernels(self, rows, adapted, sampler, tokens, positions):
-        pdl = tokens.is_cuda
+        from adafuse.ops.launch import since_hopper  # here, since it needs Triton
+
+        pdl = since_hopper(tokens)
         step = self._kernel_step(rows, adapted)
         step.run(tokens, positions, pdl=pdl)
         if sampler is not None and sampler.plain:

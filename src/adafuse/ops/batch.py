@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import cdiv, dot, launch_options, next_power_of_2, processors
+from adafuse.ops.launch import cdiv, dot, launch_options, next_power_of_2, processors, wait_for_inputs
 
 SHARED_MEMORY = 227 * 1024  # of a processor
 KEY_BITS = 62  # of an int64, leaving the sign alone
@@ -183,17 +183,6 @@ def _gray_order(needed):
 
 
 @triton.jit
-def _wait_for_inputs(PDL: tl.constexpr):
-    """With programmatic dependent launch: let the next kernel start, then wait until all that ran before this one is visible.
-
-    Every program must wait, those with nothing to do too: that this kernel has ended tells the next one that all before it have.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
 def _load(rows, columns, LIMIT: tl.constexpr, WHOLE: tl.constexpr):
     """The elements rows[:, None] + columns[None, :], 0 from column LIMIT on. WHOLE: no column comes that far."""
     if WHOLE:
@@ -213,7 +202,7 @@ def _shrink_kernel(
     A tile's work is a list of units, one per needed block and module; a program takes BLOCK_N // BLOCK_R of them, so that
     its tile of x serves BLOCK_N ranks whatever the size of the blocks and the number of modules. Grid (chunks, splits, tiles).
     """
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     MODULES: tl.constexpr = len(a)
     chunk, split, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     units = tl.load(counts + tile) * MODULES
@@ -265,7 +254,7 @@ def _sum_kernel(
     NUM_BLOCKS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """h = the sum of partial [splits, ...] over its splits, in their order, where h is needed. Grid (num_blocks, modules, tiles)."""
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     slot, module, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if slot >= tl.load(counts + tile):
         return
@@ -340,7 +329,7 @@ def _expand_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """`_expand_strip` for every module of a group. Grid (strips of columns, of all modules in turn; tiles)."""
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     strip, tile = tl.program_id(0), tl.program_id(1)
     rows = tl.num_programs(1).to(tl.int64) * BLOCK_T
     for m in tl.static_range(len(y)):

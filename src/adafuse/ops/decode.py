@@ -35,7 +35,15 @@ import triton.language as tl
 
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import INTERPRETED, cdiv, has_bulk_prefetch, launch_options, next_power_of_2, processors
+from adafuse.ops.launch import (
+    INTERPRETED,
+    cdiv,
+    launch_options,
+    next_power_of_2,
+    processors,
+    since_hopper,
+    wait_for_inputs,
+)
 
 MAX_TOKENS = 8
 MAX_FEATURES = 65536
@@ -237,8 +245,10 @@ def _shrink_kernel(
     BLOCK_J: tl.constexpr,
     CHUNK: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (linears * blocks of J, T)."""
+    wait_for_inputs(PDL)
     pid, token = tl.program_id(0), tl.program_id(1)
     _shrink_block(
         x, banks_a, experts, weights, h, stride_x, shared_row, shared_scale, zero, pid, token,
@@ -445,8 +455,10 @@ def _expand_kernel(
     S: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A program: BLOCK_O outputs for one token. Grid (blocks of O, T)."""
+    wait_for_inputs(PDL)
     J: tl.constexpr = K * r + S
     token = tl.program_id(1)
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -559,7 +571,7 @@ def decode(
             BLOCK_J=next_power_of_2(chosen.active) if adapted else 1,
             BLOCK_SHRINK=tile.block_j,
             CHUNK=_columns(features) // tile.chunks,
-            PREFETCH=aligned and has_bulk_prefetch(x),
+            PREFETCH=aligned and since_hopper(x),
             THREADS=32 * tile.num_warps,
             ALIGNED=aligned,
             AFTER_PLAN=after_plan,
@@ -569,7 +581,7 @@ def decode(
     return out
 
 
-def shrink(x, banks_a, chosen: Chosen, out, *, num_warps=4):
+def shrink(x, banks_a, chosen: Chosen, out, *, pdl=False, num_warps=4):
     """out[t, m, j] = scale(t, j) * sum_i banks_a[m][row(t, j), i] * x[t, i].
 
     x [T, I], its last axis contiguous; banks_a: for each linear of the group [R, I], the dtype of x; out [T, M, J] int32: the bits of
@@ -597,11 +609,12 @@ def shrink(x, banks_a, chosen: Chosen, out, *, num_warps=4):
             CHUNK=_columns(features),
             ALIGNED=_aligned(features, *banks_a),
             num_warps=num_warps,
+            **launch_options(pdl),
         )
     return out
 
 
-def expand(h, b, chosen: Chosen, y, *, block_o=256, num_warps=4):
+def expand(h, b, chosen: Chosen, y, *, pdl=False, block_o=256, num_warps=4):
     """y[t, o] += sum_j b[row(t, j), o] * h[t, j], in place.
 
     h [T, J] int32, the bits of fp32 numbers (a linear's part of what `shrink` made; its rows may lie apart); b [R, O] and y [T, O] of one
@@ -635,6 +648,7 @@ def expand(h, b, chosen: Chosen, y, *, block_o=256, num_warps=4):
             BLOCK_O=block_o,
             BLOCK_J=block_j,
             num_warps=num_warps,
+            **launch_options(pdl),
         )
     return y
 

@@ -18,7 +18,10 @@ def next_power_of_2(n: int) -> int:
 
 
 def launch_options(pdl: bool, maxnreg: int | None = None) -> dict:
-    """Keyword arguments PDL (a constexpr of each kernel), launch_pdl and maxnreg. The interpreter has none of these."""
+    """Keyword arguments PDL (a constexpr of each kernel), launch_pdl and maxnreg. The interpreter has none of these.
+
+    pdl: programmatic dependent launch, which the device must have (`since_hopper`): elsewhere the kernel does not compile.
+    """
     if INTERPRETED.value:
         return {"PDL": False}
     options = {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
@@ -30,9 +33,21 @@ def processors(tensor: torch.Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
 
 
-def has_bulk_prefetch(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's device has the instruction that asks for many bytes into the L2 cache (Hopper and later)."""
+def since_hopper(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's device has what came with Hopper (compute capability 9.0): programmatic dependent launch, and the
+    instruction that asks for many bytes into the L2 cache."""
     return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """With programmatic dependent launch: let the next kernel start, then wait until all that ran before this one is visible.
+
+    Every program must wait, those with nothing to do too: that this kernel has ended tells the next one that all before it have.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import cdiv, launch_options, next_power_of_2
+from adafuse.ops.launch import cdiv, launch_options, next_power_of_2, wait_for_inputs
 
 MAX_HIDDEN = 32768  # a row that a program holds
 BLOCK_F = 1024
@@ -112,9 +112,7 @@ def _swiglu_kernel(
     token = tl.program_id(1).to(tl.int64)
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = f < F
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_inputs(PDL)
     dtype: tl.constexpr = out.dtype.element_ty
     gate = tl.load(gate_up + token * (2 * F) + f, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + token * (2 * F) + F + f, mask=inside, other=0.0).to(tl.float32)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import cdiv, launch_options, next_power_of_2
+from adafuse.ops.launch import cdiv, launch_options, next_power_of_2, wait_for_inputs
 
 BLOCK_V = 2048
 BROKEN = tl.constexpr(2147483647)  # an index that no token has: of logits that are no numbers
@@ -40,9 +40,7 @@ def _pick_kernel(
 ):
     """A program: BLOCK_V logits of a row; the row's last to finish takes the best of all. Grid (BLOCKS, T)."""
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_inputs(PDL)
     v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     x = tl.load(logits + row * V + v, mask=v < V, other=float("-inf")).to(tl.float32)
     broken = tl.max(((x != x) | (x == float("inf"))).to(tl.int32), 0)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import cdiv, launch_options, next_power_of_2
+from adafuse.ops.launch import cdiv, launch_options, next_power_of_2, wait_for_inputs
 
 RMS_EPS = tl.constexpr(1e-6)
 
@@ -43,9 +43,7 @@ def _logits_kernel(
 ):
     """A program: BLOCK_N rows of the weight for one token. Grid (blocks of rows, T)."""
     token = tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_inputs(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i = tl.arange(0, BLOCK_H)
     dot = tl.zeros([BLOCK_N], tl.float32)
@@ -80,9 +78,7 @@ def _choose_kernel(
 ):
     """A program: one decision for one token. Grid (D, T)."""
     decision, token, tokens = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_inputs(PDL)
     e = tl.arange(0, BLOCK_E)
     z = tl.load(logits + (token * D + decision) * E + e, mask=e < E, other=float("-inf"))
     p = tl.exp(z - tl.max(z, 0))

@@ -156,21 +156,24 @@ def add_by_kernels(y, x, a, b, columns, routing: Routing, decision: int, shape: 
         _add_few(parts, x, a, b, routing, decision, shape)
     else:
         from adafuse.ops.batch import add_delta_tiles
+        from adafuse.ops.launch import since_hopper
 
-        add_delta_tiles(tuple(parts), x, tuple(a), tuple(b), tiles(routing, decision, len(x), shape))
+        found = tiles(routing, decision, len(x), shape)
+        add_delta_tiles(tuple(parts), x, tuple(a), tuple(b), found, pdl=since_hopper(x))
 
 
 def _add_few(parts, x, a, b, routing, decision, shape):
     from adafuse.ops.decode import expand, shrink
+    from adafuse.ops.launch import since_hopper
 
-    chosen = chosen_of(routing, decision, len(x), shape)
+    chosen, pdl = chosen_of(routing, decision, len(x), shape), since_hopper(x)
     h = torch.empty(len(x), len(a), chosen.active, dtype=torch.int32, device=x.device)
-    shrink(x, tuple(a), chosen, h)
+    shrink(x, tuple(a), chosen, h, pdl=pdl)
     if shape.shared_rank:  # the kernel knows one scale for all tokens, but some have no adapter
         shared = h[..., shape.top_k * shape.r :].view(torch.float32)
         shared.mul_(view(routing.shared, len(x))[:, None, None])
     for m, (b_m, part) in enumerate(zip(b, parts, strict=True)):
-        expand(h[:, m], b_m, chosen, part)
+        expand(h[:, m], b_m, chosen, part, pdl=pdl)
 
 
 def chosen_of(routing: Routing, decision: int, tokens: int, shape: Shape):
