@@ -23,3 +23,16 @@ def add_delta(y, x, a, b, *, rank_mask, activation=None):
         return y + (h @ b).to(y.dtype).view(y.shape)
     # addmm adds while it writes: no second pass over the output.
     return torch.addmm(y.reshape(-1, y.shape[-1]), h, b).view(y.shape)
+
+
+def add_delta_gated(y, x, a, b, gates, r):
+    """y[t] += ((x[t] @ a.T) * gate) @ b in place, with the routing as `ops.batch.dense_gates` has it: for kernels' plans, no gradients.
+
+    y [T, O], x [T, I], a [R, I], b [R, O] of one dtype; gates [T, E + 1] fp32. Every r ranks are an expert's, the rest the shared one's.
+    """
+    h = linear(x, a)
+    experts = gates.shape[1] - 1
+    h[:, : experts * r].unflatten(1, (experts, r)).mul_(gates[:, :-1, None])
+    if h.shape[1] > experts * r:
+        h[:, experts * r :].mul_(gates[:, -1:])
+    y.addmm_(h, b)

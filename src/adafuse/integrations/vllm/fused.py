@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from adafuse.execution import CROWD_TOKENS
+from adafuse.costs import CROWD_TOKENS
 from adafuse.integrations.vllm.op import Group, Room, Routing, Shape, add_by_kernels, chosen_of, tiles, view
 from adafuse.ops.batch import shrink_tiles
 from adafuse.ops.crowd import crowd, cut_for

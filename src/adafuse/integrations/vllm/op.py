@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import torch
 
-from adafuse.execution import CROWD_TOKENS, FEW_TOKENS, fused_form
+from adafuse.costs import CROWD_TOKENS, FEW_TOKENS, fused_form
 
 # Up to here `ops.crowd` may read all experts, of the base's weights: with 0.17 it took 0.86 of the time of "tiles" (32 tokens of
 # Llama-2-7B, r 64, docs/kernels.md), which take 1.3 to 1.5 times that of the base.
 CROWD_READS = 0.25
+FORMS = ("decode", "crowd", "tiles", "matmul")  # of `costs.FORMS`
 _library = torch.library.Library("adafuse", "FRAGMENT")
 _library.define(
     "add_delta(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, int[] columns, Tensor[] routing, int decision, "
@@ -99,7 +100,7 @@ class Group(NamedTuple):
     def form(self, tokens: int) -> str:
         """What computes so many tokens: "decode", "crowd", "matmul", or "tiles": the experts beside the base's own matmul."""
         out = sum(self.widths)
-        form = fused_form((self.features, out), self.shape, tokens, self.dtype.itemsize)
+        form = fused_form((self.features, out, len(self.widths)), self.shape, tokens, self.dtype.itemsize, among=FORMS)
         # `decode` has one shared scale for all tokens, but some have no adapter.
         unfit = form == "decode" and self.shape.shared_rank
         if tokens > CROWD_TOKENS or not (unfit or form == "tiles"):
