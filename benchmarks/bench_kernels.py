@@ -4,8 +4,9 @@
     adafuse bench kernels --out /tmp/some.json --only stack --model llama-3.2-1b
 
 Random weights and inputs. Everything is a replayed CUDA graph. Decoding includes router and plan, and the experts change with
-every step; batches include the plan's layout of one routing, not the router. No weight is in the L2 cache, for the rest of the model
-has passed through it. Rows are written only if the outputs are right.
+every step; batches include the plan's layout of one routing, not the router. Of a batch, the row without a form is what the library
+runs, each group in the form that it takes; the rows beside it show whether that was right. No weight is in the L2 cache, for the rest
+of the model has passed through it. Rows are written only if the outputs are right.
 """
 
 import argparse
@@ -65,10 +66,11 @@ def mixture_rows(stack, name, mixture, case, read, measure):
     samples = measure(adapters.run)
     check(f"{stack.model} {name}", adapters.error())
     rows = [roofline, record.row(f"stack/adapters_{name}", case, samples, "ms", vs=roofline)]
-    if name == "r64":  # every linear in a launch of its own, seven a block
-        apart = measure(partial(adapters.run, grouped=False))
-        check(f"{stack.model} {name} ungrouped", adapters.error())
-        rows.append(record.row(f"stack/adapters_{name}_ungrouped", case, apart, "ms", vs=roofline))
+    if name == "r64":  # seven launches a block, a fill before each, a router in PyTorch, no early launch
+        apart = measure(adapters.run_as_huggingface)
+        adapters.collect_separate()
+        check(f"{stack.model} {name} as HuggingFace's modules", adapters.error())
+        rows.append(record.row(f"stack/adapters_{name}_as_huggingface", case, apart, "ms", vs=roofline))
     return rows
 
 
@@ -201,17 +203,23 @@ def batch_rows(model, tokens, name, repeats):
             "ratio_of_bytes": round(batch.ratio_of_bytes(), 3),
             "ratio_of_flops": round(batch.ratio_of_flops(), 3),
         }
-        measured = []
-        for form, run in batch.forms().items():
+
+        about = {**case, **mixture, **allowed}
+
+        def measure(label, form, run, collect=None, batch=batch, about=about):
             samples = times(graph_of(run, warmup=1).replay, stack.prepare, repeats)
-            check(f"{name} r {r} {form}", batch.error())
-            measured.append(
-                record.row(f"{name}_r{r}_{form}", {**case, **mixture, **allowed, "form": form}, samples, "ms", vs=base)
-            )
-        # The row without a form is the best of the library's own kernels; its case says which. ("dense" is plain PyTorch.)
-        best = min((row for row in measured if row["case"]["form"] != "dense"), key=lambda row: row["median"])
-        rows += [{**best, "name": f"{name}_r{r}"}, *measured]
-        del batch
+            if collect is not None:
+                collect()
+            check(f"{name}_{label}", batch.error())
+            rows.append(record.row(f"{name}_{label}", {**about, "form": form}, samples, "ms", vs=base))
+
+        # The row without a form is what the library runs: each group in the form that it takes, which the case says.
+        taken = zip((group.name for group in stack.groups), batch.choices(), strict=True)
+        measure(f"r{r}", ", ".join(f"{group} {form}" for group, form in taken), batch.run)
+        for form, run in batch.forms().items():
+            measure(f"r{r}_{form}", form, run)
+        measure(f"r{r}_as_huggingface", "each linear its own", batch.run_as_huggingface, collect=batch.collect_separate)
+        del batch, measure
         free()
     return rows
 
@@ -235,7 +243,7 @@ def main():
         measure("stack", stack_rows, model)
         if model == (args.model or MODELS[0]):
             measure("switch", switch_rows, model)
-            for tokens in (32, 256):
+            for tokens in (8, 32, 64, 256):
                 measure("batch", batch_rows, model, tokens, f"batch/T{tokens}", 20)
             measure("batch", batch_rows, model, 2048, "prefill/T2048", 8)
 

@@ -4,10 +4,13 @@
     adafuse bench executions --tiny --out /tmp/tiny.json        # the plumbing, on a CPU
 
 Random weights in bf16, all linears adapted, no cache: sequences x tokens of each, as in a prompt or a step of a batch. On a slow host the
-time is that of its launches, so `host/launch` is a row of its own.
+time is that of its launches, so `host/launch` is a row of its own, and `host/*` are the times until a forward's last kernel is queued,
+where the GPU is not what they wait for; `case` says which forms the linears take. Two minutes on an H100, of which its 80 GB of memory
+are less than half used.
 """
 
 import argparse
+import math
 import time
 
 import record
@@ -17,21 +20,51 @@ from stack import relative_error
 from timing import check, free, launch_times, times
 from whole_models import EXPERTS, TINY, adapted, base_model
 
-FORWARDS = ((1, 1), (8, 1), (32, 1), (1, 64), (1, 512), (1, 2048))  # sequences, tokens of each
+from adafuse.costs import Device, costs
+
+FORWARDS = (
+    (1, 1),
+    (8, 1),
+    (32, 1),
+    (1, 64),
+    (1, 512),
+    (1, 2048),
+    (1, 4096),
+    (1, 8192),
+    (1, 16384),
+)  # sequences, tokens of each
+LONG = 4096  # tokens; from here on fewer repeats
+QUEUED = 512  # tokens; up to here the GPU does not hold the host up
 TINY_FORWARDS = ((1, 1), (2, 12))
 RANKS = (16, 64)
 LIMIT = 1.5e-1  # relative RMS error of bf16 logits behind all blocks, of one execution against the other
 
 
-def measured(run, device):
+def measured(run, device, size):
     if device == "cuda":
-        return times(run, repeats=7, warmup=2)
+        return times(run, repeats=3, warmup=1) if math.prod(size) >= LONG else times(run, repeats=7, warmup=2)
     found = []
     for _ in range(3):
         start = time.perf_counter()
         run()
         found.append(1e3 * (time.perf_counter() - start))
     return found
+
+
+def host_times(run, device, repeats=5):
+    """Milliseconds until `run()` has queued all its work on a device that has nothing else to do."""
+    found = []
+    for _ in range(repeats):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        found.append(1e3 * (time.perf_counter() - start))
+    return found
+
+
+def host_row(name, case, run, device, size):
+    return [record.row(f"host/{name}", case, host_times(run, device), "ms")] if math.prod(size) <= QUEUED else []
 
 
 def rows_of(name, device):
@@ -47,11 +80,14 @@ def rows_of(name, device):
     def case(size, **more):
         return {"model": name, "sequences": size[0], "tokens": size[1], **more}
 
-    backbone = {}
+    backbone, rows = {}, []
     for size in forwards:
-        samples = measured(lambda size=size: forward(base, size), device)
-        backbone[size] = record.row("forward/backbone", case(size), samples, "ms")
-    rows = list(backbone.values())
+
+        def run(size=size):
+            return forward(base, size)
+
+        backbone[size] = record.row("forward/backbone", case(size), measured(run, device, size), "ms")
+        rows += [backbone[size], *host_row("backbone", case(size), run, device, size)]
     for r in RANKS:
         model = adapted(base, r if device == "cuda" else 4, router)
         for size in forwards:
@@ -62,14 +98,30 @@ def rows_of(name, device):
 
 
 def executions(model, forward, size, case, backbone, device):
-    logits, rows = {}, {}
+    logits, rows = {}, []
     for execution in ("reference", "fused"):
         model.execution = execution
-        samples = measured(lambda: forward(model, size), device)
-        logits[execution] = forward(model, size).double()
-        rows[execution] = record.row(f"forward/{execution}", case, samples, "ms", vs=backbone)
+
+        def run():
+            return forward(model, size)
+
+        about = {**case, "forms": forms(model, math.prod(size))} if execution == "fused" else case
+        rows.append(record.row(f"forward/{execution}", about, measured(run, device, size), "ms", vs=backbone))
+        rows += host_row(execution, about, run, device, size)
+        logits[execution] = run().double()
     check(f"fused against reference, {case}", relative_error(logits["fused"], logits["reference"]), LIMIT)
-    return rows.values()
+    return rows
+
+
+def forms(model, tokens):
+    """How many of the linears take which form."""
+    gate, dtype = model._gate, model.get_base_model().dtype
+    (fused,) = (
+        cost
+        for cost in costs(gate.layers(dtype), gate.config, tokens, dtype.itemsize, Device.of(model.router.device))
+        if cost.execution == "fused"
+    )
+    return {part.form: part.linears for part in fused.parts}
 
 
 def main():

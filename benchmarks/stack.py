@@ -4,19 +4,23 @@ Every group's input is made from the output of the group before it, so that no k
 and together far larger than the L2 cache. What a model has between the linears (norms, attention) is left out.
 """
 
-from functools import cached_property
+from functools import cache, cached_property, partial
 
 import torch
 from shapes import SHAPES, groups
 
+from adafuse import AdaFuseConfig, fused
+from adafuse.costs import FEW_TOKENS, Device, Layer, fused_form
 from adafuse.ops.appended import append
-from adafuse.ops.batch import add_delta_tiles, lay_out, shrink_tiles
+from adafuse.ops.batch import add_delta_tiles, dense_gates, lay_out, shrink_tiles
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import EMPTY, copies_of_h, decode, decode_ref
 from adafuse.ops.gated import add_gated, linear_gated
 from adafuse.ops.matmul import matmul_tiles
 from adafuse.ops.route import route
+from adafuse.plan import Plan
+from adafuse.router import Router, Routing
 
 MOST_OF_A_CROWD = 256  # tokens
 FEWEST_OF_A_MATMUL = 256
@@ -107,7 +111,7 @@ class Banks:
         def random(rows, columns, std):
             return torch.empty(rows, columns, device=stack.device, dtype=torch.bfloat16).normal_(std=std)
 
-        # The a of a group lie in one matrix, which all forms may read; only "gated" and "appended" profit.
+        # The a of a group lie in one matrix, as in vLLM.
         self.a = matrices(
             lambda g: random(ranks * len(g.widths), g.features, g.features**-0.5).split([ranks] * len(g.widths))
         )
@@ -117,6 +121,37 @@ class Banks:
         """Bytes of so many experts, and of the shared one, in all linears."""
         linear = sum((g.features + width) for g in self.stack.groups for width in g.widths)
         return 2 * (experts * self.r + self.shared_rank) * linear * self.stack.blocks
+
+    def config(self, scale) -> AdaFuseConfig:
+        """What the library chooses forms by, and what scales the weights of its plan."""
+        numbers = {"num_experts": self.num_experts, "r": self.r, "top_k": self.top_k, "shared_rank": self.shared_rank}
+        return AdaFuseConfig(**numbers, lora_alpha=scale * self.r)
+
+    def choice(self, features, width, linears=1, appended=False) -> str:
+        """The form that the library takes for linears which read one input; width: of all their outputs."""
+        x = self.stack.x
+        group = Layer(features, width, linears, appended=appended)
+        return fused_form(group, self.config(1), len(x), x.element_size(), Device.of(x.device))
+
+    def separately(self, plan) -> list:
+        """The linears one by one, as `adafuse.fused` computes those of HuggingFace's modules: its launches, its fills and buffers, no
+        programmatic dependent launch. Returns the outputs of each group."""
+        stack, x, found = self.stack, self.stack.x, []
+        for block in range(stack.blocks):
+            part = plan.of_block(block)
+            for index, group in enumerate(stack.groups):
+                x = x[:, : group.features]
+                matrices = zip(stack.linears(block, index), self.a[block][index], self.b[block][index], strict=True)
+                ys = [fused.FORMS[self.choice(group.features, len(w))](x, w, a, b, part) for w, a, b in matrices]
+                found.append(ys)
+                x = ys[0]
+        return found
+
+    def collect(self, outputs):
+        """Put what `separately` returned where `error` looks for it."""
+        targets = [y for row in self.stack.outputs for y in row]
+        for y, parts in zip(targets, outputs, strict=True):
+            y.copy_(torch.cat(parts, dim=1))
 
 
 class Adapters(Banks):
@@ -137,6 +172,7 @@ class Adapters(Banks):
         sizes = [copies * tokens * len(g.widths) * active for g in stack.groups] * stack.blocks
         self.all_h = torch.empty(sum(sizes), device=stack.device, dtype=torch.int32)
         self.h = [h.view(copies, tokens, -1, active) for h in self.all_h.split(sizes)]
+        self.gate = self.separate = None
 
     def chosen(self, block):
         decision = block if self.decisions > 1 else 0
@@ -149,8 +185,8 @@ class Adapters(Banks):
         """Bytes of the chosen experts, which one token must read beside the weights. (The router's, far fewer, are not counted.)"""
         return self.bytes_of(self.top_k)
 
-    def run(self, pdl=True, grouped=True):
-        """A step: routing, plan and all linears. grouped=False: a launch for every linear, as HuggingFace's modules call them."""
+    def run(self, pdl=True):
+        """A step as the engine launches it: routing, plan and all linears, those of an input in one launch."""
         stack = self.stack
         self.all_h.fill_(EMPTY.value)
         route(
@@ -164,22 +200,28 @@ class Adapters(Banks):
             pdl=pdl,
         )
         first = True
-        for step, (block, index, group, x, y) in enumerate(stack.steps()):
-            h = self.h[step]
-            parts = [(stack.linears(block, index), self.a[block][index], self.b[block][index], h, y)]
-            if not grouped:
-                parts = list(
-                    zip(
-                        *(_apart(part) for part in parts[0][:3]),
-                        (h_part.view(len(h), len(x), 1, -1) for h_part in h.flatten().chunk(len(group.widths))),
-                        y.split(group.widths, 1),
-                        strict=True,
-                    )
-                )
-            for weights, a, b, h_part, out in parts:
-                chosen = self.chosen(block)
-                decode(x, weights, out, banks_a=a, banks_b=b, chosen=chosen, h=h_part, after_plan=first, pdl=pdl)
-                first = False
+        for h, (block, index, _, x, y) in zip(self.h, stack.steps(), strict=True):
+            banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "chosen": self.chosen(block)}
+            decode(x, stack.linears(block, index), y, **banks, h=h, after_plan=first, pdl=pdl)
+            first = False
+
+    def run_as_huggingface(self):
+        """A step as HuggingFace's modules launch it: the router in PyTorch, a plan of its own, then every linear for itself."""
+        stack = self.stack
+        if self.gate is None:
+            self.gate = Router(
+                stack.hidden, self.num_experts, self.top_k, num_decisions=self.decisions, device=stack.device
+            )
+            self.gate.weight.copy_(self.router)
+        plan = Plan.of(self.gate(stack.x[None]), self.config(2))
+        self.separate = plan, self.separately(plan)
+
+    def collect_separate(self):
+        """Put what the last run as HuggingFace's left where `error` looks for it."""
+        plan, outputs = self.separate
+        self.experts.copy_(plan.experts)
+        self.weights.copy_(plan.weights)
+        self.collect(outputs)
 
     def error(self):
         """Largest relative RMS error of a group's output against float64 on the very inputs that the kernels had."""
@@ -189,10 +231,6 @@ class Adapters(Banks):
             double = [[m.double() for m in ms] for ms in matrices]
             errors.append(relative_error(y, decode_ref(x.double(), *double, self.chosen(block))))
         return worst(errors)
-
-
-def _apart(matrices):
-    return [[each] for each in matrices]
 
 
 class Batch(Banks):
@@ -205,11 +243,17 @@ class Batch(Banks):
         self.weights = torch.rand(tokens, self.top_k, device=stack.device)
 
     def forms(self):
-        """Name -> a function that runs the step."""
-        found = {"tiles": self.run_tiles, "tiles_first": self.run_tiles_first, "dense": self.run_dense}
-        found |= {"gated": self.run_gated, "appended": self.run_appended}
-        found |= {"matmul": self.run_matmul} if len(self.experts) >= FEWEST_OF_A_MATMUL else {}
-        return found | ({"crowd": self.run_crowd} if len(self.experts) <= MOST_OF_A_CROWD else {})
+        """Name -> a function that runs the step with all groups in that form."""
+        tokens = len(self.experts)
+        names = ["tiles", "gated", "gated_apart", "dense"]
+        names += ["matmul"] if tokens >= FEWEST_OF_A_MATMUL else []
+        names += ["crowd"] if tokens <= MOST_OF_A_CROWD else []
+        names += ["decode"] if tokens <= FEW_TOKENS else []
+        return {name: partial(self.run, name) for name in names}
+
+    def choices(self):
+        """The form of each group that the library takes in vLLM, where the a lie behind the weights."""
+        return [self.choice(g.features, sum(g.widths), len(g.widths), appended=True) for g in self.stack.groups]
 
     def ratio_of_bytes(self):
         """Base and the experts that the batch reaches, over the base."""
@@ -222,76 +266,122 @@ class Batch(Banks):
     def tiles(self, **blocks):
         return lay_out(self.experts, self.weights, num_experts=self.num_experts, r=self.r, **blocks)
 
-    def run_tiles(self, **blocks):
-        """The vendor's matmul of the base; shrink and expand add to its output. blocks: of the layout."""
-        tiles = self.tiles(**blocks)
-        for block, index, group, x, y in self.stack.steps():
+    def run(self, form=None, **given):
+        """A step: all groups in one form, or each in the one that the library takes. given: keywords of the form's kernel, blocks of the
+        layout, or fields of `crowd`'s Cut. Early launch is the engine's, which runs few tokens."""
+        stack, blocks = (
+            self.stack,
+            {name: given.pop(name) for name in ("block_t", "block_r") if name in given and form != "crowd"},
+        )
+        names = [form] * len(stack.groups) if form else self.choices()
+        tiles = cache(lambda: self.tiles(**blocks))
+        gates = cache(lambda: dense_gates(self.experts, self.weights, self.num_experts))
+        launch = {name: getattr(self, f"_{name}")(tiles, gates, **given) for name in set(names)}
+        for step, (block, index, group, x, y) in enumerate(stack.steps()):
+            launch[names[index]](step, block, index, group, x, y)
+
+    # Each: what a step prepares, and the function that then computes a group.
+
+    def _tiles(self, tiles, _):
+        found = tiles()
+
+        def launch(step, block, index, group, x, y):
             torch.mm(x, self.stack.weights[block][index].T, out=y)
-            add_delta_tiles(y.split(group.widths, dim=1), x, self.a[block][index], self.b[block][index], tiles)
+            add_delta_tiles(y.split(group.widths, dim=1), x, self.a[block][index], self.b[block][index], found)
 
-    def run_tiles_first(self, **blocks):
-        """Shrink and expand write the output; the vendor's matmul adds the base while it writes."""
-        tiles = self.tiles(**blocks)
-        for block, index, group, x, y in self.stack.steps():
-            add_delta_tiles(
-                y.split(group.widths, dim=1), x, self.a[block][index], self.b[block][index], tiles, add=False
-            )
-            y.addmm_(x, self.stack.weights[block][index].T)
+        return launch
 
-    def run_matmul(self, **given):
-        """Shrink, then base and expand in one kernel. given: keywords of `matmul_tiles`, or blocks of the layout."""
-        tiles = self.tiles(**{name: given.pop(name) for name in ("block_t", "block_r") if name in given})
-        for block, index, _, x, y in self.stack.steps():
-            h = shrink_tiles(x, self.a[block][index], tiles)
-            matmul_tiles(x, self.stack.linears(block, index), h, self.b[block][index], tiles, y, **given)
+    def _gated_apart(self, tiles, _):
+        """As HuggingFace's modules have it: the a where they are."""
+        found = tiles()
 
-    def run_gated(self, **blocks):
-        """The vendor's matmuls of the base and of all ranks, then one kernel that adds what each token chose. blocks: of the layout."""
-        tiles = self.tiles(**blocks)
-        for block, index, _, x, y in self.stack.steps():
+        def launch(step, block, index, group, x, y):
             torch.mm(x, self.stack.weights[block][index].T, out=y)
-            add_gated(y, x, self.a[block][index], self.b[block][index], tiles)
+            add_gated(y, x, self.a[block][index], self.b[block][index], found)
 
-    def run_appended(self, **blocks):
-        """The same with one matmul: the a lie behind the weights, in copies that are made at the first call."""
-        tiles = self.tiles(**blocks)
-        for block, index, _, x, y in self.stack.steps():
+        return launch
+
+    def _gated(self, tiles, _):
+        """As in vLLM: the a behind the weights."""
+        found = tiles()
+
+        def launch(step, block, index, group, x, y):
             weight, *a = self.appended[block][index]
-            linear_gated(x, weight, a, self.b[block][index], tiles, out=y)
+            linear_gated(x, weight, a, self.b[block][index], found, out=y)
+
+        return launch
 
     @cached_property
     def appended(self):
+        """Copies of the weights with the a behind them."""
         weights = self.stack.weights
         return [[append(weights[n][i], a) for i, a in enumerate(row)] for n, row in enumerate(self.a)]
 
-    def run_dense(self):
-        """The reference: two matmuls over all ranks, masked between them."""
+    def _matmul(self, tiles, _, **given):
+        found = tiles()
+
+        def launch(step, block, index, group, x, y):
+            h = shrink_tiles(x, self.a[block][index], found)
+            matmul_tiles(x, self.stack.linears(block, index), h, self.b[block][index], found, y, **given)
+
+        return launch
+
+    def _dense(self, *_):
+        """In plain PyTorch: two matmuls over all ranks, masked between them."""
         mask = self.mask().bfloat16()
-        for block, index, group, x, y in self.stack.steps():
+
+        def launch(step, block, index, group, x, y):
             torch.mm(x, self.stack.weights[block][index].T, out=y)
             banks = zip(self.a[block][index], self.b[block][index], strict=True)
             for part, (a, b) in zip(y.split(group.widths, dim=1), banks, strict=True):
                 part.addmm_((x @ a.T) * mask, b)
 
-    def run_crowd(self, pdl=True, **given):
-        """One launch a group, base included. given: fields of the kernel's Cut."""
+        return launch
+
+    def _decode(self, *_):
+        stack, active, tokens = self.stack, self.top_k * self.r, len(self.experts)
+        chosen = Chosen(self.experts, self.weights, self.num_experts, self.r, 0, shared_scale=1.0)
+        shapes = [(copies_of_h(active), tokens, len(g.widths), active) for g in stack.groups] * stack.blocks
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        room = torch.full((sum(sizes),), EMPTY.value, dtype=torch.int32, device=stack.device).split(sizes)
+
+        def launch(step, block, index, group, x, y):
+            banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "chosen": chosen}
+            h = room[step].view(shapes[step])
+            decode(x, stack.linears(block, index), y, **banks, h=h, pdl=True, after_plan=step == 0)
+
+        return launch
+
+    def _crowd(self, _, gates, **given):
         stack, tokens, ranks = self.stack, len(self.experts), len(self.a[0][0][0])
+        pdl = given.pop("pdl", tokens <= FEW_TOKENS)
         cuts = [cut_for(tokens, g.features, g.widths, ranks, **given) for g in stack.groups]
         counts = [cut.num_flags(tokens, len(g.widths), ranks) for cut, g in zip(cuts, stack.groups, strict=True)]
         flags = torch.zeros(sum(counts) * stack.blocks, dtype=torch.int32, device=stack.device).split(
             counts * stack.blocks
         )
-        partial = [torch.empty(cut.partial_shape, device=stack.device) for cut in cuts]
+        partials = [torch.empty(cut.partial_shape, device=stack.device) for cut in cuts]
         hs = [
             torch.empty(cut.h_shape(tokens, len(g.widths), ranks), device=stack.device, dtype=torch.bfloat16)
             for cut, g in zip(cuts, stack.groups, strict=True)
         ]
-        gates = torch.zeros(tokens, self.num_experts + 1, device=stack.device)
-        gates.scatter_(1, self.experts.long(), self.weights)
-        for step, (block, index, _, x, y) in enumerate(stack.steps()):
-            scratch = {"h": hs[index], "partial": partial[index], "flags": flags[step], "cut": cuts[index]}
-            banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "gates": gates, "r": self.r}
+        found = gates()
+
+        def launch(step, block, index, group, x, y):
+            scratch = {"h": hs[index], "partial": partials[index], "flags": flags[step], "cut": cuts[index]}
+            banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "gates": found, "r": self.r}
             crowd(x, stack.linears(block, index), y, **banks, **scratch, pdl=pdl)
+
+        return launch
+
+    def run_as_huggingface(self):
+        """A step with every linear for itself, as HuggingFace's modules launch it."""
+        routing = Routing(self.experts.long()[None, :, None], self.weights[None, :, None])
+        self.separate = self.separately(Plan.of(routing, self.config(1)))
+
+    def collect_separate(self):
+        """Put what the last run as HuggingFace's left where `error` looks for it."""
+        self.collect(self.separate)
 
     def mask(self):
         """[T, R] fp32: the weight of each rank, 0 where not chosen."""

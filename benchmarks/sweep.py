@@ -108,7 +108,7 @@ def sweep_few(sweep, model, tokens):
         del adapters
         free()
         batch = Batch(stack, **mixture)
-        sweep.time(f"crowd_r{r}", {"tokens": tokens}, batch.run_crowd, bound, stack.prepare, error=batch.error)
+        sweep.time(f"crowd_r{r}", {"tokens": tokens}, batch.forms()["crowd"], bound, stack.prepare, error=batch.error)
         del batch
         free()
 
@@ -160,7 +160,7 @@ def sweep_crowd(sweep, model, tokens):
     for r in (16, 64):
         batch = Batch(stack, num_experts=8, r=r, top_k=2)
         for given in CROWD:
-            sweep.time(f"r{r}", given, partial(batch.run_crowd, **given), base, stack.prepare, 20, batch.error)
+            sweep.time(f"r{r}", given, partial(batch.run, "crowd", **given), base, stack.prepare, 20, batch.error)
         del batch
         free()
 

@@ -35,9 +35,11 @@ def test_decoding_stacks(mixture):
     toy.run_backbone(pdl=False)
     assert toy.error() < LIMIT
     adapters = stack.Adapters(toy, **mixture)
-    for grouped in (True, False):
+    for run in (lambda: adapters.run(pdl=False), adapters.run_as_huggingface):
         toy.outputs[-1][-1].fill_(float("nan"))
-        adapters.run(pdl=False, grouped=grouped)
+        run()
+        if adapters.separate:
+            adapters.collect_separate()
         assert adapters.error() < LIMIT
     active = mixture["r"] * mixture["top_k"]
     linears = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
@@ -53,16 +55,33 @@ def test_an_output_that_was_not_written_is_an_error():
     assert not adapters.error() < LIMIT
 
 
-def test_batches_of_stacks():
-    toy = stack.Stack("toy", tokens=20, device=DEVICE)
+@pytest.mark.parametrize("tokens", [5, 20])
+def test_batches_of_stacks(tokens, monkeypatch):
+    monkeypatch.setattr(stack, "FEWEST_OF_A_MATMUL", 1)
+    toy = stack.Stack("toy", tokens=tokens, device=DEVICE)
     batch = stack.Batch(toy, num_experts=4, r=4, top_k=2)
-    for form, run in batch.forms().items():
+    assert set(batch.choices()) <= batch.forms().keys()
+    for form, run in (*batch.forms().items(), ("as the library", batch.run)):
         for outputs in toy.outputs:
             for y in outputs:
                 y.fill_(float("nan"))
         run()
         assert batch.error() < LIMIT, form
-    assert batch.ratio_of_bytes() > batch.ratio_of_flops() > 1
+    toy.outputs[0][0].fill_(float("nan"))
+    batch.run_as_huggingface()
+    batch.collect_separate()
+    assert batch.error() < LIMIT
+    assert batch.ratio_of_bytes() >= batch.ratio_of_flops() > 1
+
+
+def test_a_batch_runs_each_group_in_the_form_that_the_library_takes(monkeypatch):
+    toy = stack.Stack("toy", tokens=20, device=DEVICE)
+    batch = stack.Batch(toy, num_experts=4, r=4, top_k=2)
+    taken = iter(["tiles", "dense", "crowd", "matmul"])
+    monkeypatch.setattr(stack, "fused_form", lambda *_: next(taken))
+    batch.run()
+    assert batch.error() < LIMIT
+    assert next(taken, None) is None
 
 
 def test_the_scripts_import():

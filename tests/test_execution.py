@@ -418,69 +418,7 @@ def test_fused_leaves_what_a_base_returns_alone():
         assert relative_error(model(input_ids=ids[:, :2]).logits, wanted) < 1e-5
 
 
-LLAMA_7B = ((4096, 4096),) * 4 + ((4096, 11008),) * 2 + ((11008, 4096),)
-
-
-def test_auto_takes_the_kernels_where_they_pay():
-    """Launched from Python they cost the host more than plain PyTorch does; in a CUDA graph that does not count."""
-    from adafuse.execution import automatic, in_graph
-
-    config, gpu = AdaFuseConfig(r=64, num_experts=8, top_k=2), torch.device("cuda")
-    for tokens, expected in ((1, "reference"), (512, "reference"), (16384, "fused")):
-        assert automatic(LLAMA_7B, config, tokens, 2, gpu, needs_grad=False) == expected
-        assert automatic(LLAMA_7B, config, tokens, 2, gpu, needs_grad=True) == "reference"
-        assert automatic(LLAMA_7B, config, tokens, 2, torch.device("cpu"), needs_grad=False) == "reference"
-    with in_graph():
-        for tokens in (1, 32, 256, 2048):
-            assert automatic(LLAMA_7B, config, tokens, 2, gpu, needs_grad=False) == "fused"
-    assert automatic(LLAMA_7B, config, 1, 2, gpu, needs_grad=False) == "reference"
-
-
-def test_explain_execution_counts_bytes_and_flops(capsys):
-    model = attached(routing="model", shared_rank=0)
-    model.execution = "fused"
-    text = model.explain_execution(tokens=1)
-    assert capsys.readouterr().out.strip() == text
-    assert "-> fused" in text
-    from adafuse.execution import FEW_TOKENS, costs
-    from adafuse.ops.decode import MAX_TOKENS
-
-    assert FEW_TOKENS == MAX_TOKENS
-    (cost,) = [c for c in costs([(10, 20)], model.adafuse_config, 1, 4) if c.execution == "fused"]
-    assert cost.bytes == pytest.approx(4 * (10 * 20 + 2 * 2 * 30 + 30))
-    assert cost.flops == 2 * (10 * 20 + 2 * 2 * 30)
-    (merged,) = [c for c in costs([(10, 20), (20, 10)], model.adafuse_config, 1, 4) if c.execution == "switch"]
-    assert len(merged.kernels) == 1 + 2, "one launch for all weights, then each linear"
-    assert merged.bytes == pytest.approx(2 * 4 * (3 * 10 * 20 + 2 * 2 * 30 + 30))
-    many = {c.form or c.execution: c for c in costs([(10, 20)], model.adafuse_config, 1000, 2)}
-    assert many["reference"].flops == 2 * 1000 * (10 * 20 + 8 * 30)
-    base, shrink = 2 * (10 * 20 + 1000 * 30), 2 * (8 * 10 + 1000 * (10 + 8))  # every expert is reached
-    assert many["tiles"].bytes == pytest.approx(base + shrink + 2 * (8 * 20 + 1000 * (8 + 2 * 20)))
-    assert many["matmul"].bytes == pytest.approx(base + shrink + 2 * (8 * 20 + 1000 * 8)), "no pass over the output"
-    assert many["matmul"].flops == many["tiles"].flops
-    assert [len(many[form].kernels) for form in ("tiles", "matmul")] == [3, 2]
-
-
-@pytest.mark.parametrize(
-    ("tokens", "mixture", "form"),
-    [
-        (1, {"num_experts": 8, "r": 16}, "decode"),
-        (4, {"num_experts": 8, "r": 16}, "crowd"),
-        (4, {"num_experts": 128, "r": 16}, "decode"),
-        (32, {"num_experts": 8, "r": 64}, "crowd"),
-        (32, {"num_experts": 256, "r": 64, "top_k": 1}, "tiles"),
-        (65, {"num_experts": 8, "r": 16}, "tiles"),
-        (2048, {"num_experts": 8, "r": 64}, "matmul"),
-    ],
-)
-def test_fused_takes_the_cheapest_form(tokens, mixture, form):
-    from adafuse import AdaFuseConfig
-    from adafuse.execution import fused_form
-
-    assert fused_form((4096, 4096), AdaFuseConfig(**mixture), tokens, 2) == form
-
-
-@pytest.mark.parametrize("form", ["crowd", "tiles", "matmul"])
+@pytest.mark.parametrize("form", ["crowd", "tiles", "tiles_first", "matmul", "dense"])
 def test_every_form_of_fused_equals_the_loop(form, monkeypatch):
     model = attached(top_k=1)
     model.execution = "fused"

@@ -5,15 +5,16 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-from torch import nn
 
-from adafuse.execution import FEW_TOKENS, fused_form
+from adafuse.costs import Device, Layer, fused_form
 from adafuse.ops.batch import add_delta_tiles, shrink_tiles
 from adafuse.ops.crowd import crowd, cut_for
-from adafuse.ops.decode import EMPTY, MAX_FEATURES, copies_of_h, decode, expand, shrink
+from adafuse.ops.decode import EMPTY, copies_of_h, decode, expand, shrink
+from adafuse.ops.gated import add_gated, linear_gated
 from adafuse.ops.launch import processors, since_hopper
 from adafuse.ops.matmul import matmul_tiles, readable
 from adafuse.plan import Plan
+from adafuse.weights import answers_anew, is_plain
 
 
 @torch.compiler.disable  # the kernels write into what they are given, which a trace of them need not see
@@ -48,25 +49,28 @@ class FusedBlock:
         a, b = layer.bank.matrices(dtype)
         rows = x.reshape(-1, x.shape[-1])
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        if not args and not kwargs and _is_plain(layer, x, dtype):
-            form = fused_form((rows.shape[1], layer.out_features), self._plan.config, len(rows), rows.element_size())
-            if form == "matmul" and not (readable(base.weight) and readable(b)):
+        if not args and not kwargs and is_plain(layer, dtype) and x.dtype == dtype and base.weight.device == x.device:
+            form = self._form(rows, layer.out_features)
+            if (form == "matmul" and not readable(base.weight)) or (form in ("matmul", "gated") and not readable(b)):
                 form = "tiles"
             return FORMS[form](rows, base.weight, a, b, plan).view(*x.shape[:-1], -1)
         y = base(x, *args, **kwargs)
         # What is added in place must be ours: neither kept by a hook, nor a buffer of the base's.
-        y = (
-            y.contiguous()
-            if type(base) is nn.Linear and not _is_watched(base)
-            else y.clone(memory_format=torch.contiguous_format)
-        )
+        y = y.contiguous() if answers_anew(base) else y.clone(memory_format=torch.contiguous_format)
         rows, pdl = layer.dropout(rows).to(dtype), since_hopper(rows)
-        if len(rows) > FEW_TOKENS:
-            add_delta_tiles(y.view(-1, y.shape[-1]), rows, a, b, plan.tiles, pdl=pdl)
-        else:
+        form, flat = self._form(rows, layer.out_features, plain=False), y.view(-1, y.shape[-1])
+        if form == "beside":
             h = shrink(rows, (a,), plan.chosen, _h(rows, plan.chosen)[0], pdl=pdl)
-            expand(h[:, 0], b, plan.chosen, y.view(-1, y.shape[-1]), pdl=pdl)
+            expand(h[:, 0], b, plan.chosen, flat, pdl=pdl)
+        elif form == "beside_gated" and readable(b) and y.dtype == dtype:
+            add_gated(flat, rows, (a,), (b,), plan.tiles)
+        else:
+            add_delta_tiles(flat, rows, a, b, plan.tiles, pdl=pdl)
         return y
+
+    def _form(self, rows, out_features, plain=True):
+        layer, device = Layer(rows.shape[1], out_features, plain=plain), Device.of(rows.device)
+        return fused_form(layer, self._plan.config, len(rows), rows.element_size(), device)
 
 
 def refuse_gradient_of_input(layer, x):
@@ -108,27 +112,19 @@ def _tiles(rows, weight, a, b, plan):
     return y
 
 
-# Each: x [T, I], W [O, I], A [R, I], B [R, O], the block's plan -> y [T, O].
-FORMS = {"decode": _decode, "crowd": _crowd, "tiles": _tiles, "matmul": _matmul}
+def _gated(rows, weight, a, b, plan):
+    return linear_gated(rows, weight, (a,), (b,), plan.tiles)
+
+
+# Those of `costs.FORMS` that take a plain linear. Each: x [T, I], W [O, I], A [R, I], B [R, O], the block's plan -> y [T, O].
+FORMS = {
+    "decode": _decode,
+    "crowd": _crowd,
+    "tiles": _tiles,
+    "gated": _gated,
+    "matmul": _matmul,
+}
 
 
 def _h(rows, chosen):
     return torch.empty(copies_of_h(chosen.active), len(rows), 1, chosen.active, dtype=torch.int32, device=rows.device)
-
-
-def _is_plain(layer, x, dtype):
-    """Whether y = W x is all that the base linear does, on weights that a kernel can read."""
-    base = layer.base_layer
-    if type(base) is not nn.Linear or base.bias is not None or _is_watched(base):
-        return False
-    if layer.training and layer.dropout.p:
-        return False
-    weight = base.weight
-    ours = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_contiguous() and weight.device == x.device
-    return ours and weight.dtype == x.dtype == dtype and x.shape[-1] <= MAX_FEATURES
-
-
-def _is_watched(module):
-    """Whether calling the module does more than its class says: hooks, or a forward replaced on the object (accelerate)."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks or nn.modules.module._has_any_global_hook() or "forward" in vars(module))

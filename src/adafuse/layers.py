@@ -16,9 +16,11 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
+from adafuse.costs import Layer
 from adafuse.execution import automatic, gradients_needed, resolve
 from adafuse.ops.delta import add_delta
 from adafuse.router import Routing
+from adafuse.weights import as_layer
 
 OUTSIDE = object()  # no forward is running
 # Per thread, so that two may run one model (but under switch, which rewrites its weights). `_forward_shares`: of each block of the
@@ -80,12 +82,13 @@ def check_hidden(h0):
 class PreGate:
     """The one routing decision of a forward: h0 -> the share of every block. Owned by the model, shared by its blocks."""
 
-    def __init__(self, router, banks, config, num_blocks):
-        self.router, self.banks, self.config, self.num_blocks = router, banks, config, num_blocks
-        self.layers = tuple((bank.in_features, bank.out_features) for bank in banks)
+    def __init__(self, router, linears, config, num_blocks):
+        """linears: the AdapterLinears of all blocks."""
+        self.router, self.linears, self.config, self.num_blocks = router, linears, config, num_blocks
         self.enabled = True
         self.execution = "auto"
         self.switcher = None  # of execution "switch": a Switcher
+        self._layers = {}
 
     def shares(self, h0: torch.Tensor) -> list:
         """h0 [B, S, H] -> the share of each block."""
@@ -104,7 +107,9 @@ class PreGate:
         return self._shares_of(routing, h0)
 
     def _shares_of(self, routing, h0):
-        parameters = (p for module in (self.router, *self.banks) for p in module.parameters())
+        parameters = (
+            p for module in (self.router, *(linear.bank for linear in self.linears)) for p in module.parameters()
+        )
         how = self.how(*h0.shape[:2], compute_dtype(h0), gradients_needed(h0, parameters))
         if how == "switch":
             if self.config.lora_dropout and self.router.training:
@@ -125,8 +130,15 @@ class PreGate:
     def how(self, batch, seq, dtype, needs_grad) -> str:
         """What a forward of batch x seq tokens does: "reference", "fused" or "switch"."""
         if self.execution == "auto":
-            return automatic(self.layers, self.config, batch * seq, dtype.itemsize, self.router.device, needs_grad)
+            layers = self._layers.get((dtype, self.router.training)) or self.layers(dtype)
+            return automatic(layers, self.config, batch * seq, dtype.itemsize, self.router.device, needs_grad)
         return resolve(self.execution, batch, seq, needs_grad)
+
+    def layers(self, dtype) -> tuple[Layer, ...]:
+        """The linears as `costs` know them, for activations of this dtype. Kept for the choices of forwards, which are not worth
+        a look at every linear: a hook that is added later changes what is computed, not what is expected of it."""
+        found = self._layers[dtype, self.router.training] = tuple(as_layer(linear, dtype) for linear in self.linears)
+        return found
 
     def _base_alone(self):
         if self.switcher is not None:

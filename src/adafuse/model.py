@@ -10,8 +10,9 @@ import torch
 
 from adafuse.attached import AttachedModel, Prepared
 from adafuse.config import AdaFuseConfig
+from adafuse.costs import Device, costs, explain
 from adafuse.discover import find_blocks, find_targets
-from adafuse.execution import cheapest, check_available, costs, explain
+from adafuse.execution import cheapest, check_available
 from adafuse.experts import ExpertBank
 from adafuse.fingerprint import fingerprint, tensor_shapes
 from adafuse.layers import AdapterLinear, PreGate, device_of, recording
@@ -48,7 +49,7 @@ class AdaFuseModel(AttachedModel):
             block = int(target.path.removeprefix(f"{blocks_path}.").partition(".")[0])
             bank = banks[target.path]
             linears[target.path] = AdapterLinear(target.module, bank, target.path, block, config.lora_dropout)
-        gate = PreGate(router, list(banks.values()), config, len(blocks))
+        gate = PreGate(router, list(linears.values()), config, len(blocks))
         return Prepared(gate, {"router": router, **banks}, linears, router=router)
 
     @classmethod
@@ -147,12 +148,16 @@ class AdaFuseModel(AttachedModel):
         return super().detach()
 
     def explain_execution(self, tokens: int = 1) -> str:
-        """Print, and return, what a forward of `tokens` tokens without gradients would do, and the bytes and FLOPs of each execution."""
+        """Print, and return, what a forward of `tokens` tokens without gradients would do, and the bytes and FLOPs of each execution.
+
+        Under "fused", how many linears take which form (`costs.FORMS`); weights of the base are counted as they are stored.
+        """
         gate, dtype = self._gate, self.get_base_model().dtype
-        found = costs(gate.layers, gate.config, tokens, dtype.itemsize)
-        text = explain(found, gate.how(1, tokens, dtype, needs_grad=False), tokens)
-        if self.execution == "auto" and self.router.device.type == "cuda":
-            captured = cheapest(gate.layers, gate.config, tokens, dtype.itemsize, True)
+        layers, device = gate.layers(dtype), self.router.device
+        of = gate.config, tokens, dtype.itemsize
+        text = explain(costs(layers, *of, Device.of(device)), gate.how(1, tokens, dtype, needs_grad=False), tokens)
+        if self.execution == "auto" and device.type == "cuda":
+            captured = cheapest(layers, *of, True, Device.of(device))
             text += f"\nlaunched from Python; in a CUDA graph: {captured}"
         print(text)
         return text

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from adafuse.execution import fused_form
+from adafuse.costs import Device, fused_form
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import EMPTY, copies_of_h, decode
 from adafuse.ops.launch import processors
@@ -110,8 +110,10 @@ class Runs:
         return runs
 
     def _run(self, linears, columns, part):
-        features = linears[0].base.weight.shape[1], columns.stop - columns.start
-        if fused_form(features, self._config if part else None, self._rows, self._itemsize) == "crowd":
+        weight = linears[0].base.weight
+        group, device = (weight.shape[1], columns.stop - columns.start, len(linears)), Device.of(weight.device)
+        config = self._config if part else None
+        if fused_form(group, config, self._rows, self._itemsize, device, ("decode", "crowd")) == "crowd":
             return CrowdRun(linears, columns, part, self._rows, self._scratch)
         return DecodeRun(linears, columns, part, self._rows)
 

@@ -8,11 +8,12 @@ from functools import cache
 
 import torch
 
-from adafuse.execution import CROWD_TOKENS
+from adafuse.costs import CROWD_TOKENS
 from adafuse.integrations.vllm.op import Group, Room, Routing, Shape, add_by_kernels, chosen_of, tiles, view
 from adafuse.ops.batch import shrink_tiles
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import copies_of_h, decode
+from adafuse.ops.gated import linear_gated
 from adafuse.ops.launch import cdiv, processors
 from adafuse.ops.matmul import MOST_LINEARS, matmul_tiles, readable
 
@@ -33,8 +34,9 @@ def linear_by_kernels(x, weight, a, b, routing: Routing, room: Room, row: int, d
     if form == "crowd":
         gates = view(routing.gates, shape.decisions, len(x), shape.num_experts + 1)[decision]
         return _crowd(x, weights, a, b, gates, group, room.flags[row])
-    if form == "matmul" and len(b) <= MOST_LINEARS and all(map(readable, (*weights, *b))):
-        return _matmul(x, weights, a, b, tiles(routing, decision, len(x), shape))
+    if form != "tiles" and len(b) <= MOST_LINEARS and all(map(readable, (*weights, *b))):
+        found = tiles(routing, decision, len(x), shape)
+        return _matmul(x, weights, a, b, found) if form == "matmul" else linear_gated(x, weight, a, b, found)
     y = torch.nn.functional.linear(x, weight)
     add_by_kernels(y, x, a, b, group.columns, routing, decision, shape)
     return y

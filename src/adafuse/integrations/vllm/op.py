@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import torch
 
-from adafuse.execution import CROWD_TOKENS, FEW_TOKENS, fused_form
+from adafuse.costs import CROWD_TOKENS, FEW_TOKENS, Layer, fused_form
 
 # Up to here `ops.crowd` may read all experts, of the base's weights: with 0.17 it took 0.86 of the time of "tiles" (32 tokens of
 # Llama-2-7B, r 64, docs/kernels.md), which take 1.3 to 1.5 times that of the base.
 CROWD_READS = 0.25
+FORMS = ("decode", "crowd", "gated", "tiles", "matmul")  # of `costs.FORMS`
 _library = torch.library.Library("adafuse", "FRAGMENT")
 _library.define(
     "add_delta(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, int[] columns, Tensor[] routing, int decision, "
@@ -97,16 +98,16 @@ class Group(NamedTuple):
         return [0, *accumulate(self.widths[:-1])]
 
     def form(self, tokens: int) -> str:
-        """What computes so many tokens: "decode", "crowd", "matmul", or "tiles": the experts beside the base's own matmul."""
-        out = sum(self.widths)
-        form = fused_form((self.features, out), self.shape, tokens, self.dtype.itemsize)
+        """What computes so many tokens, by its key in `costs.FORMS`."""
+        layer = Layer(self.features, sum(self.widths), len(self.widths), appended=True)
         # `decode` has one shared scale for all tokens, but some have no adapter.
-        unfit = form == "decode" and self.shape.shared_rank
-        if tokens > CROWD_TOKENS or not (unfit or form == "tiles"):
+        forms = FORMS[1:] if self.shape.shared_rank else FORMS
+        form = fused_form(layer, self.shape, tokens, self.dtype.itemsize, among=forms)
+        if tokens > CROWD_TOKENS or form not in ("gated", "tiles"):
             return form
-        # The estimate is too low for "tiles", and leaves out that a step's tokens are sorted for them.
-        read = self.shape.ranks * (self.features + out) / (self.features * out)
-        return "crowd" if read <= CROWD_READS else "tiles"
+        # The estimate leaves out that a step's tokens are sorted for these.
+        read = self.shape.ranks * (layer.in_features + layer.out_features) / (layer.in_features * layer.out_features)
+        return "crowd" if read <= CROWD_READS else form
 
 
 def view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -155,10 +156,21 @@ def add_by_kernels(y, x, a, b, columns, routing: Routing, decision: int, shape: 
     if few(len(x)):
         _add_few(parts, x, a, b, routing, decision, shape)
     else:
-        from adafuse.ops.batch import add_delta_tiles
-        from adafuse.ops.launch import since_hopper
+        _add_many(y, parts, x, a, b, tiles(routing, decision, len(x), shape), shape)
 
-        found = tiles(routing, decision, len(x), shape)
+
+def _add_many(y, parts, x, a, b, found, shape):
+    from adafuse.ops.batch import add_delta_tiles
+    from adafuse.ops.gated import MOST_LINEARS, add_gated
+    from adafuse.ops.launch import since_hopper
+    from adafuse.ops.matmul import readable
+
+    all_adapted = sum(part.shape[1] for part in parts) == y.shape[1] and y.dtype == x.dtype and y.stride(1) == 1
+    layer = Layer(x.shape[1], y.shape[1], len(b), plain=False)
+    form = fused_form(layer, shape, len(x), x.element_size(), among=("beside_gated", "beside_tiles"))
+    if form == "beside_gated" and all_adapted and len(b) <= MOST_LINEARS and all(map(readable, b)):
+        add_gated(y, x, a, b, found)
+    else:
         add_delta_tiles(tuple(parts), x, tuple(a), tuple(b), found, pdl=since_hopper(x))
 
 

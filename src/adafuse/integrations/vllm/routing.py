@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from adafuse.config import AdaFuseConfig
-from adafuse.execution import CROWD_TOKENS
+from adafuse.costs import CROWD_TOKENS
 from adafuse.integrations.vllm.op import Group, Room, Routing, Shape, few, tile_counts, view
 from adafuse.router import Router
 
