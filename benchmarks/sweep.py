@@ -39,7 +39,6 @@ SHRINK = (
 )
 EXPAND = (
     {},
-    {"add": False},
     {"pdl": True},
     {"held": 16, "strip": 1, "block_o": 128, "num_warps": 8, "num_stages": 3},
     {"held": 16, "strip": 1, "block_o": 64, "num_warps": 4, "num_stages": 5},
@@ -48,7 +47,7 @@ EXPAND = (
 )
 BATCH = {
     "tiles": ({}, {"block_t": 64}),
-    "tiles_first": ({},),
+    "gated": ({}, {"block_t": 128}, {"block_r": 16}),
     "matmul": ({}, {"block_r": 64}, {"group": 8}),
 }
 PRISTINE = tuple(Tile(stagger=n) for n in (0, 1, 5))

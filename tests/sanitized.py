@@ -8,6 +8,7 @@ from adafuse.ops.chosen import Chosen
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import EMPTY, Tile, copies_of_h, decode, expand, shrink
 from adafuse.ops.launch import processors, since_hopper
+from adafuse.ops.gated import linear_gated
 from adafuse.ops.matmul import matmul_tiles, readable
 from adafuse.ops.norm import add_norm, embed_norm, swiglu
 from adafuse.ops.pick import pick, room
@@ -59,7 +60,9 @@ def a_batch(tokens, features, widths, num_experts, r, top_k, shared, dtype=torch
     outs, wide = [normal(tokens, o, dtype=dtype) for o in widths], normal(tokens, sum(widths), dtype=dtype)
     add_delta_tiles(outs, x, a, b, tiles)
     h = shrink_tiles(x, a, tiles, splits=splits, **EARLY)
-    expand_tiles(h, b, tiles, outs, add=False, **EARLY)
+    expand_tiles(h, b, tiles, outs, **EARLY)
+    if all(map(readable, b)):
+        linear_gated(x, torch.cat(weights), a, b, tiles)
     if all(readable(each) for each in (*weights, *b)):
         matmul_tiles(x, weights, h, b, tiles, wide)
 

@@ -77,7 +77,7 @@ def test_batches_of_stacks(tokens, monkeypatch):
 def test_a_batch_runs_each_group_in_the_form_that_the_library_takes(monkeypatch):
     toy = stack.Stack("toy", tokens=20, device=DEVICE)
     batch = stack.Batch(toy, num_experts=4, r=4, top_k=2)
-    taken = iter(["tiles", "dense", "crowd", "matmul"])
+    taken = iter(["tiles", "gated", "crowd", "matmul"])
     monkeypatch.setattr(stack, "fused_form", lambda *_: next(taken))
     batch.run()
     assert batch.error() < LIMIT

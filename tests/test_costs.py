@@ -141,10 +141,10 @@ def test_time_grows_with_tokens():
         (4, {"num_experts": 8, "r": 16}, "crowd"),
         (4, {"num_experts": 128, "r": 16}, "decode"),
         (32, {"num_experts": 8, "r": 64}, "crowd"),
-        (32, {"num_experts": 256, "r": 64, "top_k": 1}, "tiles_first"),
+        (32, {"num_experts": 256, "r": 64, "top_k": 1}, "tiles"),
         (2048, {"num_experts": 64, "r": 64, "top_k": 1}, "matmul"),
-        (256, {"num_experts": 64, "r": 64, "top_k": 1}, "tiles_first"),
-        (256, {"num_experts": 8, "r": 64}, "dense"),
+        (256, {"num_experts": 64, "r": 64, "top_k": 1}, "tiles"),
+        (256, {"num_experts": 8, "r": 64}, "gated"),
     ],
 )
 def test_fused_takes_the_cheapest_form(tokens, config, form):
@@ -156,7 +156,7 @@ def test_a_form_is_taken_only_where_it_fits():
     assert fused_form((4096, 4096), mixture(64), 2048, 4) != "matmul", "fp32 has no tensor cores"
     assert fused_form((4095, 4096), mixture(64), 2048, 2) != "matmul", "rows that do not begin on 16 bytes"
     assert fused_form((4096, 4096), mixture(64), 2048, 2, among=("tiles",)) == "tiles"
-    for tokens, form in ((FEW_TOKENS, "beside"), (FEW_TOKENS + 1, "beside_tiles")):
+    for tokens, form in ((FEW_TOKENS, "beside"), (FEW_TOKENS + 1, "beside_gated")):
         assert fused_form(Layer(4096, 4096, plain=False), mixture(64), tokens, 2) == form
 
 
@@ -185,14 +185,17 @@ def test_bytes_and_flops_of_each_form():
     assert numbers(kernels("tiles", 1000)) == pytest.approx(
         (base + shrink + total + 8 * 20 + 1000 * (ranks + 40), flops + products)
     )
-    assert numbers(kernels("tiles_first", 1000)) == pytest.approx(
-        (numbers(kernels("tiles", 1000))[0] - 1000 * 20, flops + products)
+    h, products = 8 * 10 + 1000 * (10 + 8), 1000 * (8 * 10 + ranks * 20)  # of all experts; of a tile's
+    gated = numbers(kernels("gated", 1000))
+    assert gated == pytest.approx((base + h + 8 * 20 + 1000 * (ranks + 40), flops + products))
+    assert numbers(kernels("gated", 1000, appended=True)) == pytest.approx((gated[0] - 1000 * 10, gated[1])), (
+        "x is read once"
     )
     matmul = numbers(kernels("matmul", 1000))
     assert matmul == pytest.approx((base + shrink + total + 8 * 20 + 1000 * ranks, flops + products)), (
         "no pass over the output"
     )
-    assert [len(kernels(form, 1000)) for form in ("tiles", "tiles_first", "matmul", "dense")] == [4, 4, 3, 4]
+    assert [len(kernels(form, 1000)) for form in ("tiles", "gated", "matmul")] == [4, 3, 3]
     (_, decode) = kernels("decode", 1)
     assert numbers([decode]) == (10 * 20 + 4 * 30 + 30, 10 * 20 + 4 * 30)
     stored = kernels("beside", 1, plain=False, stored=100, copied=True)

@@ -418,7 +418,7 @@ def test_fused_leaves_what_a_base_returns_alone():
         assert relative_error(model(input_ids=ids[:, :2]).logits, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("form", ["crowd", "tiles", "tiles_first", "matmul", "dense"])
+@pytest.mark.parametrize("form", ["crowd", "tiles", "gated", "matmul"])
 def test_every_form_of_fused_equals_the_loop(form, monkeypatch):
     model = attached(top_k=1)
     model.execution = "fused"

@@ -26,8 +26,8 @@ TOKENS = {
     1: ("decode", "beside"),
     2: ("decode", "beside", "crowd"),
     7: ("decode", "beside", "crowd", "tiles"),
-    63: ("crowd", "tiles"),
-    1000: ("tiles", "matmul"),
+    63: ("crowd", "tiles", "gated"),
+    1000: ("tiles", "gated", "matmul"),
 }
 IN_INTERPRETER = [
     (1, "decode"),
@@ -36,6 +36,7 @@ IN_INTERPRETER = [
     (7, "crowd"),
     (63, "crowd"),
     (63, "tiles"),
+    (63, "gated"),
     (63, "matmul"),
 ]
 FEATURES, OUTPUTS = (256, 200) if ON_GPU else (40, 24)
@@ -131,7 +132,7 @@ def test_all_forms_in_the_interpreter(tokens, form, dtype):
 
 @pytest.mark.skipif(ON_GPU, reason="the same at full size runs on the GPU")
 @pytest.mark.parametrize(
-    ("form", "tokens"), [("decode", 2), ("beside", 2), ("crowd", 20), ("tiles", 20), ("matmul", 20)]
+    ("form", "tokens"), [("decode", 2), ("beside", 2), ("crowd", 20), ("tiles", 20), ("gated", 20), ("matmul", 20)]
 )
 def test_hundreds_of_experts_in_the_interpreter(form, tokens):
     torch.manual_seed(0)

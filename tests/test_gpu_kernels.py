@@ -203,11 +203,11 @@ def test_batch_waits_for_its_input(splits, times):
     add_delta_tiles_ref([wanted], x, [a], [b], tiles)
 
     def run(source):
-        h, out = nan(*tiles.h_shape(1), dtype=x.dtype), nan(tokens, width, dtype=x.dtype)
+        h, out = nan(*tiles.h_shape(1), dtype=x.dtype), torch.zeros_like(wanted)
         torch.cuda.synchronize()
         write_late(late, source)
         shrink_tiles(late, [a], tiles, h, pdl=True, splits=splits)
-        expand_tiles(h, [b], tiles, [out], add=False, pdl=True)
+        expand_tiles(h, [b], tiles, [out], pdl=True)
         torch.cuda.synchronize()
         return out
 

@@ -313,9 +313,9 @@ FORMS = {
         _crowd,
         host=3.4e-4,
     ),
-    "tiles": Form("base matmul, then the experts of sorted tokens", _some, _tiles, host=5.7e-4),  # a guess
+    "tiles": Form("base matmul, then the experts of sorted tokens", _some, _tiles, host=6.6e-4),  # a guess
     "gated": Form("base matmul, that of all A, then the chosen experts", _some_on_16_bytes, _gated, host=5e-4),  # a guess
-    "matmul": Form("base and experts of sorted tokens in one matmul", _many, _matmul, host=5.7e-4),
+    "matmul": Form("base and experts of sorted tokens in one matmul", _many, _matmul, host=6.6e-4),
     "beside": Form(
         "the base as it is, then the chosen experts",
         lambda step, _: step.tokens <= FEW_TOKENS,
@@ -324,10 +324,14 @@ FORMS = {
         plain=False,
     ),
     "beside_gated": Form(
-        "the base as it is, the matmul of all A, then the chosen experts", _some_on_16_bytes, _beside_gated, host=5e-4, plain=False  # a guess
+        "the base as it is, the matmul of all A, then the chosen experts",
+        _some_on_16_bytes,
+        _beside_gated,
+        host=5e-4,  # a guess
+        plain=False,
     ),
     "beside_tiles": Form(
-        "the base as it is, then the experts of sorted tokens", _some, _beside_tiles, host=5.7e-4, plain=False  # a guess
+        "the base as it is, then the experts of sorted tokens", _some, _beside_tiles, host=6.6e-4, plain=False  # a guess
     ),
 }  # fmt: skip
 REFERENCE_HOST = 2e-4

@@ -272,11 +272,11 @@ def _sum_kernel(
 @triton.jit
 def _expand_strip(
     y, h, b, first, order, counts, blocks, tile, T,
-    O: tl.constexpr, R: tl.constexpr, Y_ROW: tl.constexpr, NUM_BLOCKS: tl.constexpr, ADD: tl.constexpr,
+    O: tl.constexpr, R: tl.constexpr, Y_ROW: tl.constexpr, NUM_BLOCKS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, STRIP: tl.constexpr, HELD: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y[order[t], o] (+)= sum of h[t, rank] * b[rank, o] over the tile's blocks, for the tokens of `tile` and STRIP * BLOCK_O columns.
+    """y[order[t], o] += sum of h[t, rank] * b[rank, o] over the tile's blocks, for the tokens of `tile` and STRIP * BLOCK_O columns.
 
     If the tile needs at most HELD ranks, its h is read once for all the columns, which are then fetched ahead.
     """
@@ -297,13 +297,13 @@ def _expand_strip(
         for start in tl.range(0, end, BLOCK_O, num_stages=STAGES):
             in_o = (start + o < end)[None, :]
             b_tile = tl.load(b_row[:, None] + start + o[None, :], mask=needed[:, None] & in_o, other=0.0)
-            acc = _y_tile(y_row, start + o, in_t & in_o, ADD, BLOCK_T, BLOCK_O)
+            acc = tl.load(y_row[:, None] + start + o[None, :], mask=in_t & in_o, other=0.0).to(tl.float32)
             acc = dot(held, b_tile, acc)
             tl.store(y_row[:, None] + start + o[None, :], acc.to(y.dtype.element_ty), mask=in_t & in_o)
     else:
         for start in range(0, end, BLOCK_O):
             in_o = (start + o < end)[None, :]
-            acc = _y_tile(y_row, start + o, in_t & in_o, ADD, BLOCK_T, BLOCK_O)
+            acc = tl.load(y_row[:, None] + start + o[None, :], mask=in_t & in_o, other=0.0).to(tl.float32)
             for slot in range(count):
                 rank = tl.load(blocks + tile * NUM_BLOCKS + slot) * BLOCK_R + tl.arange(0, BLOCK_R)
                 h_tile = tl.load(h_row[:, None] + rank[None, :])
@@ -312,19 +312,10 @@ def _expand_strip(
             tl.store(y_row[:, None] + start + o[None, :], acc.to(y.dtype.element_ty), mask=in_t & in_o)
 
 
-@triton.jit
-def _y_tile(rows, columns, mask, ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr):
-    """What the product is added to, fp32."""
-    if ADD:
-        return tl.load(rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    else:  # noqa: RET505 - what is not taken must not be compiled
-        return tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
-
-
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=ROUTING)
 def _expand_kernel(
     y, h, b, order, counts, blocks, T,
-    O: tl.constexpr, Y_ROW: tl.constexpr, R: tl.constexpr, NUM_BLOCKS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+    O: tl.constexpr, Y_ROW: tl.constexpr, R: tl.constexpr, NUM_BLOCKS: tl.constexpr, PDL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, STRIP: tl.constexpr, HELD: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -336,7 +327,7 @@ def _expand_kernel(
         if (strip >= 0) & (strip < tl.cdiv(O[m], BLOCK_O * STRIP)):
             _expand_strip(
                 y[m], h + m * rows * (NUM_BLOCKS * BLOCK_R), b[m], strip * (BLOCK_O * STRIP), order, counts, blocks, tile, T,
-                O[m], R, Y_ROW[m], NUM_BLOCKS, ADD, BLOCK_T, BLOCK_R, BLOCK_O, STRIP, HELD, STAGES,
+                O[m], R, Y_ROW[m], NUM_BLOCKS, BLOCK_T, BLOCK_R, BLOCK_O, STRIP, HELD, STAGES,
             )  # fmt: skip
         strip -= tl.cdiv(O[m], BLOCK_O * STRIP)
 
@@ -378,14 +369,11 @@ def shrink_tiles(
     return out
 
 
-def expand_tiles(
-    h, b, tiles, y, *, add=True, pdl=False, block_o=None, strip=None, held=None, num_warps=None, num_stages=None
-):
+def expand_tiles(h, b, tiles, y, *, pdl=False, block_o=None, strip=None, held=None, num_warps=None, num_stages=None):
     """y[m][order[t]] += h[m, t] @ b[m]: each element read once and written once, rounded once, without atomics.
 
     h [modules, padded T, padded R] from `shrink_tiles`; b: one [R, O] or a tuple; y: one [T, O] or a tuple, changed in place,
-    rows may lie apart, bf16, fp16 or fp32. `add=False` writes instead of adding (every element), for a base matmul that will
-    add itself on top. The remaining keywords are the kernel's block sizes; they default by shape.
+    rows may lie apart, bf16, fp16 or fp32. The remaining keywords are the kernel's block sizes; they default by shape.
     """
     b, y = _as_tuple(b), _as_tuple(y)
     check_expand(h, b, tiles, y)
@@ -398,15 +386,15 @@ def expand_tiles(
         _expand_kernel[grid](
             y, h, b, tiles.order, tiles.counts, tiles.blocks, tiles.tokens,
             O=features, Y_ROW=tuple(part.stride(0) for part in y), R=tiles.rank, NUM_BLOCKS=tiles.num_blocks,
-            ADD=add, BLOCK_T=tiles.block_t, BLOCK_R=tiles.block_r, BLOCK_O=shape["block_o"], STRIP=shape["strip"],
+            BLOCK_T=tiles.block_t, BLOCK_R=tiles.block_r, BLOCK_O=shape["block_o"], STRIP=shape["strip"],
             HELD=shape["held"], STAGES=shape["num_stages"], num_warps=shape["num_warps"], num_stages=shape["num_stages"],
             **launch_options(pdl),
         )  # fmt: skip
 
 
-def add_delta_tiles(y, x, a, b, tiles, *, add=True, pdl=False):
+def add_delta_tiles(y, x, a, b, tiles, *, pdl=False):
     """y[m][t] += ((x[t] @ a[m].T) * mask[t]) @ b[m], in place, by both kernels. Arguments as theirs; h is allocated here."""
-    expand_tiles(shrink_tiles(x, a, tiles, pdl=pdl), b, tiles, y, add=add, pdl=pdl)
+    expand_tiles(shrink_tiles(x, a, tiles, pdl=pdl), b, tiles, y, pdl=pdl)
 
 
 def _as_tuple(tensors):
@@ -548,14 +536,14 @@ def shrink_tiles_ref(x, a, tiles):
     return h
 
 
-def expand_tiles_ref(h, b, tiles, y, *, add=True):
+def expand_tiles_ref(h, b, tiles, y):
     """`expand_tiles` in PyTorch, for an h whose unneeded parts are 0."""
     order = tiles.order.long()
     for h_part, b_part, out in zip(h, _as_tuple(b), _as_tuple(y), strict=True):
         delta = h_part[: tiles.tokens, : tiles.rank].float() @ b_part.float()
-        out[order] = ((out[order].float() if add else 0) + delta).to(out.dtype)
+        out[order] = (out[order].float() + delta).to(out.dtype)
 
 
-def add_delta_tiles_ref(y, x, a, b, tiles, *, add=True):
+def add_delta_tiles_ref(y, x, a, b, tiles):
     """`add_delta_tiles` in PyTorch."""
-    expand_tiles_ref(shrink_tiles_ref(x, a, tiles), b, tiles, y, add=add)
+    expand_tiles_ref(shrink_tiles_ref(x, a, tiles), b, tiles, y)
