@@ -23,10 +23,19 @@ MANY_TOKENS = 512  # from here on again
 READ_SHARE, FLOPS_SHARE = 0.954, 0.654  # of the peaks, by reading and by the vendor's bf16 matmul
 LAUNCH = 2e-6  # seconds from one kernel that fills the device to the next
 SMALL = 4e-6  # of a kernel that does not, from its start to the next one's: it fills and drains
-# Shares of a device's rates that are reached: of bytes by the vendor's matmul with few tokens, by ops/crowd.py, and by kernels on
-# activations; of FLOPs by ops/matmul.py beside the vendor's, and by ops/batch.py. ops/decode.py reaches all bytes with one token; as it
+# Shares of a device's rates that are reached: of bytes by the vendor's matmul with few tokens, by ops/crowd.py, by kernels on
+# activations, and by those that read or write while they multiply nothing; of FLOPs by ops/matmul.py beside the vendor's, and by ops/batch.py. ops/decode.py reaches all bytes with one token; as it
 # multiplies without tensor cores, every further one adds so much of that time, without and with adapters.
-VENDOR, CROWD, ACTIVATIONS, MATMUL, TILES, DENSE, DECODE_MORE = 0.84, 0.82, 0.7, 0.99, 0.7, 0.7, (0.18, 0.33)
+VENDOR, CROWD, ACTIVATIONS, LATE, MATMUL, TILES, DENSE, DECODE_MORE = (
+    0.84,
+    0.82,
+    0.7,
+    0.77,
+    0.99,
+    0.7,
+    0.7,
+    (0.18, 0.33),
+)
 # FLOPs of bf16 matmuls, a clock and multiprocessor, by compute capability: what NVIDIA states (fp32 sums, no sparsity).
 TENSOR_FLOPS = {
     (7, 5): 1024,
@@ -104,7 +113,7 @@ class Kernel(NamedTuple):
     def seconds(self, device: Device) -> float:
         """What it is expected to take. To compare ways of doing the same, not to predict."""
         read = (self.bytes - self.late) / (device.read * self.rate)
-        return max(read, self.flops / (device.flops * self.filled)) + self.late / device.read + self.launch
+        return max(read, self.flops / (device.flops * self.filled)) + self.late / (device.read * LATE) + self.launch
 
 
 @dataclass(frozen=True)

@@ -98,16 +98,18 @@ class Group(NamedTuple):
         return [0, *accumulate(self.widths[:-1])]
 
     def form(self, tokens: int) -> str:
-        """What computes so many tokens, by its key in `costs.FORMS`."""
+        """What computes so many tokens, by its key in `costs.FORMS`; "tiles" also for a few tokens of which `decode` is unfit."""
         layer = Layer(self.features, sum(self.widths), len(self.widths), appended=True)
+        form = fused_form(layer, self.shape, tokens, self.dtype.itemsize, among=FORMS)
         # `decode` has one shared scale for all tokens, but some have no adapter.
-        forms = FORMS[1:] if self.shape.shared_rank else FORMS
-        form = fused_form(layer, self.shape, tokens, self.dtype.itemsize, among=forms)
-        if tokens > CROWD_TOKENS or form not in ("gated", "tiles"):
+        unfit = form == "decode" and self.shape.shared_rank
+        if tokens > CROWD_TOKENS or not (unfit or form in ("gated", "tiles")):
             return form
         # The estimate leaves out that a step's tokens are sorted for these.
         read = self.shape.ranks * (layer.in_features + layer.out_features) / (layer.in_features * layer.out_features)
-        return "crowd" if read <= CROWD_READS else form
+        if read <= CROWD_READS:
+            return "crowd"
+        return "tiles" if unfit else form
 
 
 def view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
