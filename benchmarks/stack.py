@@ -12,11 +12,12 @@ from shapes import SHAPES, groups
 from adafuse import AdaFuseConfig, fused
 from adafuse.costs import FEW_TOKENS, Device, Layer, fused_form
 from adafuse.ops.appended import append
-from adafuse.ops.batch import add_delta_tiles, dense_gates, lay_out, shrink_tiles
+from adafuse.ops.batch import add_delta_tiles, shrink_tiles
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import EMPTY, copies_of_h, decode, decode_ref
 from adafuse.ops.gated import add_gated, linear_gated
+from adafuse.ops.layout import dense_gates, lay_out
 from adafuse.ops.matmul import matmul_tiles
 from adafuse.ops.route import route
 from adafuse.plan import Plan

@@ -13,10 +13,10 @@ from adafuse.ops.batch import (
     add_delta_tiles_ref,
     expand_tiles,
     expand_tiles_ref,
-    lay_out,
     shrink_tiles,
     shrink_tiles_ref,
 )
+from adafuse.ops.layout import lay_out
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

@@ -7,8 +7,8 @@ from test_batch_op import ROUTINGS, route
 
 pytest.importorskip("triton")
 
-from adafuse.ops.batch import dense_gates
 from adafuse.ops.crowd import crowd, crowd_ref, cut_for
+from adafuse.ops.layout import dense_gates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative RMS

@@ -17,9 +17,10 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from adafuse.ops.batch import add_delta_tiles_ref, expand_tiles, lay_out, shrink_tiles
+from adafuse.ops.batch import add_delta_tiles_ref, expand_tiles, shrink_tiles
 from adafuse.ops.crowd import crowd, crowd_ref, cut_for
 from adafuse.ops.decode import copies_of_h, decode, decode_ref, expand, shrink
+from adafuse.ops.layout import lay_out
 from adafuse.ops.route import route, route_ref
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from adafuse.ops.batch import dense_gates
+from adafuse.ops.layout import dense_gates
 from adafuse.ops.route import route, route_ref
 from adafuse.router import Router
 

@@ -24,8 +24,9 @@ READ_SHARE, FLOPS_SHARE = 0.954, 0.654  # of the peaks, by reading and by the ve
 LAUNCH = 2e-6  # seconds from one kernel that fills the device to the next
 SMALL = 4e-6  # of a kernel that does not, from its start to the next one's: it fills and drains
 # Shares of a device's rates that are reached: of bytes by the vendor's matmul with few tokens, by ops/crowd.py, by kernels on
-# activations, and by those that read or write while they multiply nothing; of FLOPs by ops/matmul.py beside the vendor's, and by ops/batch.py. ops/decode.py reaches all bytes with one token; as it
-# multiplies without tensor cores, every further one adds so much of that time, without and with adapters.
+# activations, and by those that multiply nothing meanwhile; of FLOPs by ops/matmul.py beside the vendor's, and by ops/batch.py.
+# ops/decode.py reaches all bytes with one token; as it multiplies without tensor cores, every further one adds so much of that time,
+# without and with adapters.
 VENDOR, CROWD, ACTIVATIONS, LATE, MATMUL, TILES, DENSE, DECODE_MORE = (
     0.84,
     0.82,
@@ -159,7 +160,7 @@ class Step:
 
     @property
     def block_t(self) -> int:
-        """Tokens of a tile (`ops.batch.tile_shape`)."""
+        """Tokens of a tile (`ops.layout.tile_shape`)."""
         return 128 if self.tokens > 512 else min(64, max(16, 1 << (self.tokens - 1).bit_length()))
 
     @property

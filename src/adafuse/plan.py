@@ -15,7 +15,7 @@ from adafuse.ops.chosen import Chosen
 from adafuse.router import Routing
 
 if TYPE_CHECKING:  # it needs Triton, which who reads `experts` and `weights` alone may not have
-    from adafuse.ops.batch import Tiles
+    from adafuse.ops.layout import Tiles
 
 
 class Plan:
@@ -44,14 +44,14 @@ class Plan:
     @cached_property
     def gates(self) -> torch.Tensor:
         """[D, T, E + 1] fp32: the weight of each expert by token, 0 where not chosen; then the shared expert's."""
-        from adafuse.ops.batch import dense_gates
+        from adafuse.ops.layout import dense_gates
 
         return dense_gates(self.experts, self.weights, self.config.num_experts, self.config.shared_scale)
 
     @cached_property
     def tiles(self) -> Tiles:
         """The tokens sorted by their experts, in tiles."""
-        from adafuse.ops.batch import lay_out
+        from adafuse.ops.layout import lay_out
 
         ranks = {name: getattr(self.config, name) for name in ("num_experts", "r", "shared_rank", "shared_scale")}
         return lay_out(self.experts, self.weights, **ranks)
@@ -65,7 +65,7 @@ class Plan:
         if "gates" in laid_out:
             laid_out["gates"].copy_(self.gates)
         if "tiles" in laid_out:
-            from adafuse.ops.batch import ROUTING
+            from adafuse.ops.layout import ROUTING
 
             for name in ROUTING:
                 getattr(laid_out["tiles"], name).copy_(getattr(self.tiles, name))

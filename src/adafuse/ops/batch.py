@@ -5,18 +5,15 @@
 Rank space: R = E*r + S ranks; rows e*r .. e*r + r - 1 of `a` [R, I] and `b` [R, O] are expert e's, the last S the shared
 expert's. mask[t] holds each rank's weight for token t, 0 where the token did not choose its expert.
 
-Tokens are sorted so that those with the same experts are neighbours, then cut into tiles of `block_t` tokens; the ranks are
-cut into blocks of `block_r`. A (tile, block) pair that no token of the tile needs is neither computed, read nor written. Few
-large experts, many tiny ones (a block holds several) and small batches (every block is needed: the dense form) are all this
-one case.
+`layout` sorts the tokens once per step, cuts them into tiles of `block_t` and the ranks into blocks of `block_r`. A (tile, block) pair
+that no token of the tile needs is neither computed, read nor written. Few large experts, many tiny ones (a block holds several) and
+small batches (every block is needed: the dense form) are all this one case.
 
-`lay_out` prepares a routing decision once per step; `shrink_tiles` (x -> h) and `expand_tiles` (h -> y) run it for each
-adapted linear, or in one launch for a group of linears that read the same x. Each has its plain PyTorch form beside it.
+`shrink_tiles` (x -> h) and `expand_tiles` (h -> y) run it for each adapted linear, or in one launch for a group of linears that read the
+same x. Each has its plain PyTorch form beside it.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -24,157 +21,9 @@ import triton.language as tl
 
 from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import cdiv, dot, launch_options, next_power_of_2, processors, wait_for_inputs
+from adafuse.ops.layout import ROUTING
 
 SHARED_MEMORY = 227 * 1024  # of a processor
-KEY_BITS = 62  # of an int64, leaving the sign alone
-ROUTING = ["order", "gates", "counts", "blocks"]  # may be views of one decision of several, at any address
-
-
-# --- the layout -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Routing decisions laid out for the kernels. Leading dimensions (a decision per block, say) are shared by all four tensors.
-
-    order   [..., T] int32                      token at each sorted place
-    gates   [..., T, E + 1] fp32                scaled weight of each expert by token (unsorted), 0 where not chosen; then the
-                                                shared expert's scale
-    counts  [..., num_tiles] int32              how many rank blocks a tile needs
-    blocks  [..., num_tiles, num_blocks] int32  which: the first counts[tile] of its row, ascending
-    """
-
-    order: torch.Tensor
-    gates: torch.Tensor
-    counts: torch.Tensor
-    blocks: torch.Tensor
-    r: int
-    shared_rank: int
-    top_k: int
-    block_t: int
-    block_r: int
-
-    def __getitem__(self, decision) -> Tiles:
-        """One of several decisions, as views."""
-        return replace(self, **{name: getattr(self, name)[decision] for name in ROUTING})
-
-    def to(self, device) -> Tiles:
-        return replace(self, **{name: getattr(self, name).to(device) for name in ROUTING})
-
-    @property
-    def tokens(self) -> int:
-        return self.order.shape[-1]
-
-    @property
-    def num_experts(self) -> int:
-        return self.gates.shape[-1] - 1
-
-    @property
-    def rank(self) -> int:
-        return self.num_experts * self.r + self.shared_rank
-
-    @property
-    def num_tiles(self) -> int:
-        return self.counts.shape[-1]
-
-    @property
-    def num_blocks(self) -> int:
-        return self.blocks.shape[-1]
-
-    def h_shape(self, modules: int) -> tuple[int, int, int]:
-        """Shape of h for a group of `modules` linears: tokens in sorted order, both dimensions padded to whole tiles and blocks."""
-        return modules, self.num_tiles * self.block_t, self.num_blocks * self.block_r
-
-    def mask(self) -> torch.Tensor:
-        """mask of one decision, its tokens sorted: fp32 [num_tiles * block_t, num_blocks * block_r], 0 in the padding."""
-        _, rows, columns = self.h_shape(1)
-        mask = self.gates.new_zeros(rows, columns)
-        ranks = torch.arange(self.rank, device=mask.device)
-        expert = (ranks // self.r).clamp(max=self.num_experts)
-        mask[: self.tokens, : self.rank] = self.gates[self.order.long()][:, expert]
-        return mask
-
-
-def lay_out(experts, weights, *, num_experts, r, shared_rank=0, shared_scale=1.0, block_t=None, block_r=None) -> Tiles:
-    """Sort the tokens of each decision by the rank blocks they need, and list those of each tile.
-
-    experts [..., T, K] int32 or int64, distinct within a token; weights [..., T, K] with the experts' scale folded in.
-    Leading dimensions: independent decisions for the same tokens. Shapes depend only on those of the arguments, and nothing
-    waits for the device: safe inside a CUDA graph. Blocks default to `tile_shape`.
-    """
-    if experts.shape != weights.shape or experts.dim() < 2:
-        raise ValueError(f"experts {list(experts.shape)} and weights {list(weights.shape)} must both be [..., T, K]")
-    tokens, top_k = experts.shape[-2:]
-    rank = num_experts * r + shared_rank
-    default_t, default_r = tile_shape(tokens, r, rank)
-    block_t, block_r = block_t or default_t, block_r or default_r
-    if min(block_t, block_r) < 16 or block_t & (block_t - 1) or block_r & (block_r - 1):
-        raise ValueError(f"block_t {block_t} and block_r {block_r} must be powers of two of at least 16")
-
-    needed = _needed_blocks(experts, num_experts, r, shared_rank, block_r)
-    order = _gray_order(needed)
-    by_tile = needed.gather(-2, order.unsqueeze(-1).expand_as(needed))
-    by_tile = torch.nn.functional.pad(by_tile, (0, 0, 0, -tokens % block_t)).unflatten(-2, (-1, block_t)).any(-2)
-    return Tiles(
-        order=order.int(),
-        gates=dense_gates(experts, weights, num_experts, shared_scale),
-        counts=by_tile.sum(-1, dtype=torch.int32),
-        blocks=by_tile.logical_not().byte().argsort(dim=-1, stable=True).int(),
-        r=r,
-        shared_rank=shared_rank,
-        top_k=top_k,
-        block_t=block_t,
-        block_r=block_r,
-    )
-
-
-def dense_gates(experts, weights, num_experts, shared_scale=1.0):
-    """fp32 [..., T, E + 1]: the weight of each expert by token, 0 where not chosen; then the shared expert's scale."""
-    gates = weights.new_zeros(*weights.shape[:-1], num_experts + 1, dtype=torch.float32)
-    gates.scatter_(-1, experts.long(), weights.float())[..., -1].fill_(shared_scale)
-    return gates
-
-
-def tile_shape(tokens, r, rank) -> tuple[int, int]:
-    """Default (block_t, block_r): one block for all ranks where they are few.
-
-    Many tokens: blocks that do not straddle experts where r allows, so that few are needed. Up to 512 tokens, for which `gated` is made,
-    a tile of them needs nearly all small experts, and steps of 64 ranks take less time.
-    """
-    if tokens <= 512:
-        return min(64, max(16, next_power_of_2(tokens))), max(16, min(64, next_power_of_2(rank)))
-    return 128, max(16, next_power_of_2(rank) if rank <= 64 else min(64, r & -r))
-
-
-def _needed_blocks(experts, num_experts, r, shared_rank, block_r):
-    """bool [..., T, num_blocks]: whether a token needs any rank of a block."""
-    span = torch.arange(cdiv(r - 1, block_r) + 1, device=experts.device)  # no expert touches more blocks
-    first = experts.long().unsqueeze(-1) * r
-    blocks = torch.minimum(first // block_r + span, (first + r - 1) // block_r).flatten(-2)
-    num_blocks = cdiv(num_experts * r + shared_rank, block_r)
-    needed = torch.zeros(*experts.shape[:-1], num_blocks, dtype=torch.bool, device=experts.device)
-    needed.scatter_(-1, blocks, True)
-    if shared_rank:
-        needed[..., num_experts * r // block_r :] = True
-    return needed
-
-
-def _gray_order(needed):
-    """int64 [..., T]: tokens sorted by the place of their set of blocks in the reflected Gray code.
-
-    Equal sets become neighbours. Among sets of one size that code moves on by exchanging a single member, so a tile that spans
-    several sets needs few blocks: 3.6 of 8 on average, unsorted 8, for 2048 tokens with 2 of 8 equally likely experts, tiles of
-    128.
-    """
-    digits = needed.cumsum(-1) & 1  # the place in the code, in binary: prefix parities of the set's bits
-    order = torch.arange(needed.shape[-2], device=needed.device).expand(needed.shape[:-1])
-    for word in reversed(
-        digits.split(KEY_BITS, -1)
-    ):  # the least significant first: each sort keeps the order of those before
-        shift = torch.arange(word.shape[-1] - 1, -1, -1, device=word.device)
-        key = (word << shift).sum(-1)
-        order = order.gather(-1, key.gather(-1, order).argsort(dim=-1, stable=True))
-    return order
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------------

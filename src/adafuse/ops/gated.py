@@ -19,9 +19,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from adafuse.ops.appended import whole
-from adafuse.ops.batch import ROUTING, Tiles
 from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import cdiv, dot, launch_options, next_power_of_2
+from adafuse.ops.layout import ROUTING, Tiles
 from adafuse.ops.matmul import MOST_LINEARS, readable
 
 

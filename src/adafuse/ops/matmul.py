@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from adafuse.ops.batch import ROUTING, Tiles, check_expand, expand_tiles_ref
+from adafuse.ops.batch import check_expand, expand_tiles_ref
 from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import cdiv, dot, next_power_of_2, processors
+from adafuse.ops.layout import ROUTING, Tiles
 
 MOST_LINEARS = 3  # of a group: a kernel takes descriptors one by one, not as a tuple
 

@@ -54,7 +54,7 @@ class Routing(NamedTuple):
     experts [D, T, K] int32 and weights [D, T, K] fp32 (times alpha / r); shared [T] fp32: the shared expert's scale;
     gates [D, T, E + 1] fp32: each expert's weight by token, then the shared expert's. All weights of tokens without
     adapter are 0. order [D, T], counts [D, tiles], blocks [D, tiles, num_blocks] int32: the tokens sorted into tiles
-    (`ops.batch.Tiles`). What a device has no use for is empty.
+    (`ops.layout.Tiles`). What a device has no use for is empty.
     """
 
     experts: torch.Tensor
@@ -200,8 +200,8 @@ def chosen_of(routing: Routing, decision: int, tokens: int, shape: Shape):
 
 
 def tiles(routing: Routing, decision: int, tokens: int, shape: Shape):
-    """The `ops.batch.Tiles` of one decision of a step, as views of its buffers."""
-    from adafuse.ops.batch import Tiles
+    """The `ops.layout.Tiles` of one decision of a step, as views of its buffers."""
+    from adafuse.ops.layout import Tiles
 
     block_t, block_r, num_tiles, num_blocks = tile_counts(tokens, shape)
     d = shape.decisions
@@ -220,7 +220,7 @@ def tiles(routing: Routing, decision: int, tokens: int, shape: Shape):
 
 def tile_counts(tokens: int, shape: Shape) -> tuple[int, int, int, int]:
     """block_t, block_r, number of tiles and of rank blocks of a step of so many tokens."""
-    from adafuse.ops.batch import tile_shape
+    from adafuse.ops.layout import tile_shape
 
     block_t, block_r = tile_shape(tokens, shape.r, shape.ranks)
     return block_t, block_r, -(-tokens // block_t), -(-shape.ranks // block_r)

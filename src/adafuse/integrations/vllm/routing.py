@@ -167,7 +167,7 @@ class Step:
 
     def _write_tiles(self, experts, weights):
         """The gates too."""
-        from adafuse.ops.batch import lay_out
+        from adafuse.ops.layout import lay_out
 
         shape = self.shape
         found = lay_out(experts, weights, num_experts=shape.num_experts, r=shape.r, shared_rank=shape.shared_rank)
