@@ -36,6 +36,7 @@ from whole_models import (
     bytes_of_a_token,
     forced_tokens,
     in_fp32,
+    mean_distinct,
     text_tokens,
     unchanged,
     with_baseline,
@@ -70,7 +71,9 @@ class Bench:
         shape, generator = SHAPES[model], torch.Generator().manual_seed(0)
         self.ids = torch.randint(0, shape["vocab_size"], (batch, context), generator=generator).to(device)
         self.router = torch.randn(EXPERTS, shape["hidden_size"], generator=generator).to(device)
-        self.forced = forced_tokens(self.backbone.embeddings, self.router, batch, self.new, generator)
+        embeddings = self.backbone.embeddings
+        self.forced = forced_tokens(embeddings, self.router, batch, self.new, generator)
+        self.experts_a_step = mean_distinct(embeddings, self.router, self.forced)
         self.rows, self.samples, self.wrong = {}, {}, []
 
     def wants(self, name):
@@ -220,6 +223,7 @@ class Bench:
         """(model, what `exact` finds of it, its part of the case)."""
         model = adapted(self.base, r // 16 if self.tiny else r, self.router)
         mixture = {"num_experts": EXPERTS, "r": model.adafuse_config.r, "top_k": TOP_K}
+        mixture["experts_a_step"] = round(self.experts_a_step, 3)
         return model, self.exact(model), mixture
 
     def fused_rows(self, r):
@@ -336,9 +340,10 @@ class Bench:
         per_byte = [sample / (2 * buffer.numel()) for sample in best_read_times(buffer)]
         del buffer
         free()
-        found = bytes_of_a_token(self.backbone, self.batch, self.context + self.new // 2)
-        for name, moved in found.items():
-            self.add_row(name, [moved * each for each in per_byte], gigabytes=round(moved / 1e9, 3))
+        cached = self.context + self.new // 2
+        for name, moved in bytes_of_a_token(self.backbone, self.batch, cached, self.experts_a_step).items():
+            case = {} if name == "roofline" else {"experts_a_step": round(self.experts_a_step, 3)}
+            self.add_row(name, [moved * each for each in per_byte], gigabytes=round(moved / 1e9, 3), **case)
 
 
 def _layerwise_step(modules, config, backbone, gate, cache, rotary, logits):
