@@ -159,6 +159,8 @@ class Bench:
     def part_rows(self):
         """What the tokens' times are made of: `token_parts`."""
         launch = self.rows["host/launch"]["median"] if "host/launch" in self.rows else None
+        if launch is not None:  # again: whether tracing has slowed the launches of the rows that came after it
+            self.add_row("profile/host/launch", launch_times(self.device), vs=("host/launch",), unit="us")
         for name, token in self.tokens.items():
             self.add_row(f"profile/{name}/launches", [len(token.kernels)] * 2, unit="launches")
             one_by_one = sum(kernel.end - kernel.start for kernel in token.kernels)
@@ -170,6 +172,8 @@ class Bench:
     # --- the rows ----------------------------------------------------------------------------------------------------
 
     def run(self):
+        if self.wants("host/launch") and not self.tiny:
+            self.add_row("host/launch", launch_times(self.device), unit="us")
         self.hf_rows()
         self.engine_rows()
         for name in BASELINES:
@@ -214,8 +218,6 @@ class Bench:
     def engine_rows(self):
         if self.wants("roofline") and not self.tiny:
             self.roofline()
-        if self.wants("host/launch") and not self.tiny:
-            self.add_row("host/launch", launch_times(self.device), unit="us")
         if self.wants("engine/backbone"):
             self.add(
                 "engine/backbone",
