@@ -339,6 +339,38 @@ def test_logits_that_are_no_numbers_are_reported_and_do_not_stay():
     assert one.generate([ids], max_new_tokens=20) == wanted
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_row_that_has_ended_spoils_nothing_for_the_next(ahead):
+    """Its last token, whose embedding is no number, is run once more while the other row goes on, or in a step that is thrown away."""
+    model, prompts = bare(), [prompt(20), prompt(30, 1)]
+    texts = [generated(model, ids, 30) for ids in prompts]
+    end = next(token for token in texts[0] if token not in [*texts[1], *prompts[0], *prompts[1]])
+    at = texts[0].index(end)
+    model.model.embed_tokens.weight.data[end] = torch.nan
+    one = engine(model)
+    one._ahead = ahead  # as with graphs
+    wanted = one.generate([[1, 2, 3]], max_new_tokens=5, eos_token_id=())[0].ids
+    lengths = [30, at + 1 + (not ahead)]
+    results = one.generate(prompts, max_new_tokens=lengths, eos_token_id=end)
+    assert [each.finish_reason for each in results] == ["stop", "length"]
+    assert not one._runner.cache.isfinite().all()
+    assert one.generate([[1, 2, 3]], max_new_tokens=5, eos_token_id=())[0].ids == wanted
+
+
+def test_an_interrupted_prompt_spoils_nothing_for_the_next(monkeypatch):
+    model = bare()
+    one = engine(model)
+    wanted = one.generate([[1, 2, 3]], max_new_tokens=5)[0].ids
+    kept = model.model.embed_tokens.weight.data[90].clone()
+    model.model.embed_tokens.weight.data[90] = torch.nan
+    with monkeypatch.context() as patch:
+        patch.setattr(one._runner, "sample", lambda sampler: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            one.generate([[90] * 20])
+    model.model.embed_tokens.weight.data[90] = kept
+    assert one.generate([[1, 2, 3]], max_new_tokens=5)[0].ids == wanted
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 

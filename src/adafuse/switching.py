@@ -36,8 +36,8 @@ class Switcher:
     layers: the AdapterLinears. decisions: 1, or the number of blocks. source "pristine": a copy of every adapted weight is kept, each
     switch merges from it, `restore` is exact. "in_place": no copy; a switch adds new minus old, so weights drift. One forward at a
     time; `share` is what the blocks of a switched one are given.
-    merged: whether the weights hold a routing, `old`. known: False while they are written, and if that was interrupted: whether a launch was
-    under way, nobody can tell. The next switch then begins with the copies; in place there is nothing to begin with, and it is refused.
+    merged: whether the weights hold a routing, `old`. known: False while they are written, and after that was interrupted: nobody can
+    tell which launches were made. The next switch then begins with the copies; in place there are none, and it is refused.
     ValueError if a base linear keeps its weights in a form that cannot be merged into (quantised, say).
     """
 

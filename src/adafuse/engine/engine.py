@@ -87,6 +87,8 @@ class Engine:
         # A graph is queued before the host has read the token of the one before it.
         self._ahead = 1 if graphs else 0
         self._busy = threading.Lock()
+        # Of the last generation: tokens that nobody has read, and whether the cache may hold numbers that are not finite.
+        self._coming, self._spoilt = deque(), False
 
     def _runs_blocks(self) -> bool:
         """Whether the engine runs the blocks itself; other families by their own forward."""
@@ -208,13 +210,17 @@ class Engine:
     def _steps(self, sequences, record):
         runner, rows, adapted = self._runner, len(sequences), self._prepare(len(sequences))
         settings, prompts = [each.sampling for each in sequences], [each.prompt for each in sequences]
+        self._clean()
         options = {"ends": sequences[0].ends, "vocab_size": runner.logits.shape[1], "device": runner.logits.device}
         sampler = Sampler(settings, prompts, **options)
         sampler = runner.begin(rows, sampler, adapted=adapted, switcher=self._switcher(), addresses=self._addresses())
+        self._spoilt = True  # until the tokens say that it is not
         for row, prompt in enumerate(prompts):
             runner.prefill(row, prompt, adapted=adapted, routings=record.prompt(row))
         runner.sample(sampler)
-        coming, left = deque([self._fetch(rows, record)]), max(each.max_new_tokens for each in settings) - 1
+        coming, left = self._coming, max(each.max_new_tokens for each in settings) - 1
+        coming.append(self._fetch(rows, record))
+        self._spoilt = False
         runner.start_steps()
         while True:
             while left and len(coming) <= self._ahead:
@@ -222,9 +228,18 @@ class Engine:
                 coming.append(self._fetch(rows, record))
                 left -= 1
             tokens = coming.popleft()()  # here, and nowhere in a step, the host waits for the device
+            self._spoilt |= min(tokens) < 0  # also of a row that has ended, and still writes its last key
             yield [self._append(row, *pair) for row, pair in enumerate(zip(sequences, tokens, strict=True))]
             if all(each.finish_reason for each in sequences):
                 return
+
+    def _clean(self):
+        """Rid the cache of numbers that are not finite, which the generation before may have left: a weight of 0 would not hide them."""
+        unread = [token for fetch in self._coming for token in fetch()]
+        if self._spoilt or min(unread, default=0) < 0:
+            self._runner.forget()
+        self._coming.clear()
+        self._spoilt = False
 
     @torch.no_grad()
     def _fetch(self, rows, record):
@@ -248,7 +263,6 @@ class Engine:
         if sequence.finish_reason:
             return ""
         if token < 0:
-            self._runner.forget()
             raise FloatingPointError(
                 f"the logits of prompt {row} after {len(sequence.ids)} new tokens are NaN or infinite; check the weights, or use bfloat16 "
                 "or float32 instead of float16"

@@ -196,7 +196,7 @@ class Runner:
         self.advance[row] = 0
 
     def forget(self):
-        """Clear the cache: of numbers that are not finite a later sequence would not be rid otherwise."""
+        """Clear the cache, of all rows."""
         self.cache.zero_()
 
     def _forward(self, tokens, positions, row, length, adapted, last=None):
