@@ -10,7 +10,7 @@ from contextlib import closing
 import torch
 
 from adafuse.engine.backbone import MODEL_TYPES, addresses, base_of, read_backbone
-from adafuse.engine.generic import HfRunner, addresses_of, read_whole
+from adafuse.engine.generic import HfRunner, addresses_of, check_graphs, read_whole
 from adafuse.engine.linears import Gate
 from adafuse.engine.readback import Readback
 from adafuse.engine.record import Record
@@ -101,6 +101,8 @@ class Engine:
         for name, value in (("kernels", self._kernels), ("graphs", graphs)):
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r}: allowed are True, False and None")
+        if graphs and not self._runs_blocks():
+            check_graphs(self._backbone)
         if graphs and not on_gpu:
             raise ValueError(
                 f"graphs=True captures CUDA graphs, and the model is on {self._backbone.device}; move it to a GPU"
