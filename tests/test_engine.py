@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from engine_models import NAMES, adapted, bare, generated, logits_of, prompt
@@ -435,6 +436,18 @@ def test_no_prompts_give_no_results(bare_engine):
 def test_tensors_are_prompts_too(bare_engine):
     ids = prompt(9)
     assert bare_engine.generate([torch.tensor(ids)])[0].ids == bare_engine.generate([tuple(ids)])[0].ids
+
+
+def test_numbers_of_numpy_are_numbers(bare_engine):
+    ids, whole, real = prompt(9), np.int64, np.float32
+    settings = {"max_new_tokens": 9, "temperature": 0.5, "top_p": 0.75, "top_k": 7, "seed": 3, "logprobs": 2}
+    settings |= {"repetition_penalty": 1.5, "min_new_tokens": 1, "eos_token_id": 5}
+    given = {name: (real if isinstance(value, float) else whole)(value) for name, value in settings.items()}
+    (got,) = bare_engine.generate([[whole(each) for each in ids]], **given)
+    assert got == bare_engine.generate([ids], **settings)[0]
+    assert {type(each) for each in (*got.prompt_ids, *got.ids)} == {int}
+    with pytest.raises(ValueError, match="allowed are whole numbers"):
+        bare_engine.generate([[np.float64(3)]])
 
 
 def test_streaming_needs_a_tokenizer(bare_engine):

@@ -16,23 +16,40 @@ from adafuse.engine.readback import Readback
 from adafuse.engine.record import Record
 from adafuse.engine.requests import Limits, end_ids, read_requests
 from adafuse.engine.runner import Runner
-from adafuse.engine.sampling import Sampler
+from adafuse.engine.sampling import Sampler, is_whole
 from adafuse.engine.sequence import Generation
 from adafuse.execution import check_available
 from adafuse.model import AdaFuseModel
 
 
 class Stream(Iterator[str]):
-    """Pieces of a text as they come. ids: the tokens so far. The engine is free again after the last piece, or close()."""
+    """Pieces of a text as they come. ids: the tokens so far. The engine is free again after the last piece, or close().
 
-    def __init__(self, pieces, sequence):
-        self._pieces, self._sequence = pieces, sequence
+    close() and cancel() may come from another thread than the one that reads; that one then finds the stream at its end.
+    """
+
+    def __init__(self, make_pieces, sequence):
+        self._cancelled, self._running = threading.Event(), threading.RLock()
+        self._pieces, self._sequence = make_pieces(sequence, self._cancelled), sequence
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        with self._running:
+            if self._cancelled.is_set():
+                self.close()
+            return next(self._pieces)
+
+    def cancel(self):
+        """End it behind the token that is being computed. Waits for nothing: the engine is free when its reader has noticed."""
+        self._cancelled.set()
 
     def close(self):
-        self._pieces.close()
+        """End it now: waits for the token that another thread computes, then the engine is free."""
+        self._cancelled.set()
+        with self._running:
+            if (
+                not self._pieces.gi_running
+            ):  # else this is called within a step (by a signal's handler), which will see it
+                self._pieces.close()
 
     @property
     def ids(self) -> list[int]:
@@ -165,16 +182,20 @@ class Engine:
         settings: those of `Sampling`, as in `generate`. Needs a tokenizer. Checked at once; the engine is in use from the first piece until
         the iterator is exhausted or closed.
         """
+        if settings.pop("logprobs", None) is not None or settings.pop("return_routing", False):
+            raise ValueError("stream yields text only; logprobs and return_routing are settings of generate")
         if self.tokenizer is None:
             raise ValueError("stream yields text, and the engine has no tokenizer; pass Engine(..., tokenizer=...)")
         (sequence,) = self._read([prompt], settings, stop, eos_token_id)
-        return Stream(self._pieces(sequence), sequence)
+        return Stream(self._pieces, sequence)
 
-    def _pieces(self, sequence):
+    def _pieces(self, sequence, cancelled):
         with closing(self._run([sequence], Record())) as tokens:
             for (piece,) in tokens:
                 if piece:
                     yield piece
+                if cancelled.is_set():
+                    return
 
     def _read(self, prompts, settings, stop, eos_token_id):
         ends = end_ids(eos_token_id, base_of(self.model), self.tokenizer)
@@ -182,9 +203,7 @@ class Engine:
 
     def _record(self, logprobs, routing):
         count = self._runner.logits.shape[1]
-        if logprobs is not None and (
-            isinstance(logprobs, bool) or not isinstance(logprobs, int) or not 0 <= logprobs <= count
-        ):
+        if logprobs is not None and not (is_whole(logprobs) and 0 <= logprobs <= count):
             raise ValueError(f"logprobs={logprobs!r}: allowed is None or a whole number from 0 to {count}")
         if routing and not self._adapted():
             raise ValueError("return_routing=True: the model has no adapter, or it is disabled, so no token is routed")
