@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from engine_models import NAMES, adapted, bare, generated, logits_of, prompt
+from engine_uses import KINDS, whatever_a_user_does
 from families import VOCAB
 from reference import relative_error
+from tiny_text import tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adafuse import AdaFuseModel, Engine
@@ -286,17 +288,14 @@ def live_bytes():
 
 
 def test_memory_is_flat():
-    one = engine(adapted(dtype=torch.bfloat16, routing="layer"))
+    one = engine(adapted(dtype=torch.bfloat16, routing="layer"), max_seq_len=64, max_batch=2, tokenizer=tokenizer())
 
-    def generations():
-        one.generate([prompt(40), prompt(9)], max_new_tokens=20, logprobs=2, return_routing=True)
-        one.generate([prompt(9)] * 3, max_new_tokens=20, temperature=1.0, repetition_penalty=1.2)
+    def generations(count):
+        for n in range(count):
+            whatever_a_user_does(one, n)
+        return live_bytes()
 
-    generations()
-    before = live_bytes()
-    for _ in range(10):
-        generations()
-    assert live_bytes() == before
+    assert generations(2 * KINDS) == generations(20 * KINDS)
 
 
 # --- interruptions ---------------------------------------------------------------------------------------------------
