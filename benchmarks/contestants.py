@@ -40,10 +40,10 @@ def parts_compiled(model, **options):
 class HfRun:
     """A HuggingFace causal LM, bare or under an adapter: "eager" with the cache that grows; "graphed", "compiled" with the static one.
 
-    ids [B, S]: the prompts. As many tokens as `new` follow.
+    ids [B, S]: the prompts. As many tokens as `new` follow. start False: `start` is called later, before the first step.
     """
 
-    def __init__(self, model, ids, new, how, compile_mode=None):
+    def __init__(self, model, ids, new, how, compile_mode=None, *, start=True):
         self.model, self.how, self.device = model, how, ids.device
         batch, length = ids.shape
         self.length = length
@@ -61,8 +61,13 @@ class HfRun:
         self.forward = model
         if how == "compiled":
             self.forward = torch.compile(model, dynamic=False, mode=compile_mode)
+        if start:
+            self.start()
+
+    def start(self):
+        """Make the step: what is patched now, and how the model is executed, stays in its graph."""
         self.step = self._step
-        if how != "eager" and ids.is_cuda:
+        if self.how != "eager" and self.device.type == "cuda":
             self.step = graph_of(self._step, warmup=3).replay
 
     def _step(self):

@@ -18,6 +18,7 @@ from fnmatch import fnmatch
 from functools import cached_property, partial
 from itertools import pairwise, product
 from pathlib import Path
+from typing import NamedTuple
 
 import record
 import torch
@@ -26,6 +27,7 @@ from layerwise import LayerwiseStep, modules_of
 from shapes import SHAPES
 from stack import relative_error
 from timing import best_read_times, free, launch_times
+from token_parts import Token, bare_of, busy, kernels_of
 from whole_models import (
     BASELINES,
     EXPERTS,
@@ -36,6 +38,7 @@ from whole_models import (
     bytes_of_a_token,
     forced_tokens,
     in_fp32,
+    mean_distinct,
     text_tokens,
     unchanged,
     with_baseline,
@@ -45,15 +48,23 @@ from adafuse.engine.backbone import read_backbone
 
 LIMIT = 1.5  # times the error against fp32 that HuggingFace's own forward has in bf16
 MERGED = 2  # the same where experts are rounded into the weights, or the router's weights to bf16
-# New tokens. SHORT: where the weights are switched; FEW: where one takes hundreds of milliseconds.
-LONG, SHORT, FEW = 128, 24, 12
+# New tokens. FEW: of what is published, where one takes hundreds of milliseconds. The cache has room for NEW in every row.
+NEW, FEW = 128, 12
 MERGING = ("merge_per_matrix", "switch_pristine", "switch_in_place")
-WARMUP = {LONG: 8, SHORT: 8, FEW: 3}  # tokens that are not counted
+WARMUP = {NEW: 8, FEW: 3}  # tokens that are not counted
 ROWS = (
     "roofline", "host/launch", "hf/eager", "hf/compiled", "engine/backbone", "engine/fused_r64", "engine/fused_r16",
     "engine/switch_pristine", "engine/switch_in_place", "engine/merge_per_matrix", "graphed/layerwise_ours", "published/layerwise",
     "published/mola", "published/pesc", "graphed/layerwise", "graphed/mola", "graphed/pesc",
 )  # fmt: skip
+
+
+class Measured(NamedTuple):
+    """Of a contestant: ms of its tokens, how many it made, and the kernels of a step, if they were traced."""
+
+    samples: list
+    count: int
+    kernels: list
 
 
 class Bench:
@@ -64,14 +75,16 @@ class Bench:
         self.context, self.batch, self.device = context, batch, device
         self.only, self.profile, self.compile_mode, self.until = only, profile, compile_mode, until
         self.tiny = device == "cpu"
-        self.new, self.short, self.few = (4, 4, 4) if self.tiny else (LONG, SHORT, FEW)
+        self.new, self.few = (3, 3) if self.tiny else (NEW, FEW)
         self.base = base_model(model, device)
         self.backbone = read_backbone(self.base)
         shape, generator = SHAPES[model], torch.Generator().manual_seed(0)
         self.ids = torch.randint(0, shape["vocab_size"], (batch, context), generator=generator).to(device)
         self.router = torch.randn(EXPERTS, shape["hidden_size"], generator=generator).to(device)
-        self.forced = forced_tokens(self.backbone.embeddings, self.router, batch, self.new, generator)
-        self.rows, self.samples, self.wrong = {}, {}, []
+        embeddings = self.backbone.embeddings
+        self.forced = forced_tokens(embeddings, self.router, batch, self.new, generator)
+        self.experts_a_step = mean_distinct(embeddings, self.router, self.forced)
+        self.rows, self.tokens, self.wrong = {}, {}, []
 
     def wants(self, name):
         if not any(fnmatch(name, pattern) for pattern in self.only):
@@ -113,15 +126,27 @@ class Bench:
     def add(self, name, run, *, exact, count=None, vs=(), limit=LIMIT, **case):
         """Time a contestant and make its rows. vs: the rows it is compared with, if they are there. exact: what `exact` found, or None
         where logits were compared before."""
+        measured = self.measure(name, run, exact=exact, count=count, limit=limit)
+        if measured is not None:
+            self.take(name, measured, vs, **case)
+
+    def measure(self, name, run, *, exact, count=None, limit=LIMIT):
+        """Times of a contestant's tokens, and with --profile a step's kernels; None if its logits are wrong."""
         start, count = time.time(), count or self.new
         samples = self.times(run, count)
         if exact is not None and not self.is_right(name, self.first, *exact, limit):
-            return
-        self.samples[name] = samples
-        self.add_row(name, samples, vs, new_tokens=count, **case)
+            return None
+        kernels = []
+        if self.profile:
+            run.restart()
+            run.token.copy_(self.forced[0])
+            kernels = kernels_of(run.step)
         print(f"{name}: {time.time() - start:.0f} s", flush=True)
-        if self.profile and not self.tiny:
-            self.add_profile(name, run)
+        return Measured(samples, count, kernels)
+
+    def take(self, name, measured, vs=(), **case):
+        self.add_row(name, measured.samples, vs, new_tokens=measured.count, **case)
+        self.tokens[name] = Token(name, self.rows[name]["median"], measured.kernels)
 
     def add_row(self, name, samples, vs=(), unit="ms", **case):
         found = [self.rows[other] for other in vs if other in self.rows]
@@ -131,28 +156,30 @@ class Bench:
             again = f"{name}_vs_{other['name'].rpartition('/')[2]}"
             self.rows[again] = record.row(again, case, samples, unit, vs=other)
 
-    def add_profile(self, name, run):
-        """Kernels a token launches, and how long they run, one by one (those that start early wait within that time)."""
-        from torch.profiler import ProfilerActivity, profile
-
-        run.restart()
-        run.token.copy_(self.forced[0])
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as trace:
-            run.step()
-            torch.cuda.synchronize()
-        kernels = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        busy = sum(event.self_device_time_total for event in kernels) / 1e3
-        self.add_row(f"profile/{name}/launches", [len(kernels)] * 2, unit="launches")
-        self.add_row(f"profile/{name}/kernels", [busy] * 2, vs=(name,))
+    def part_rows(self):
+        """What the tokens' times are made of: `token_parts`."""
+        launch = self.rows["host/launch"]["median"] if "host/launch" in self.rows else None
+        if launch is not None:  # again: whether tracing has slowed the launches of the rows that came after it
+            self.add_row("profile/host/launch", launch_times(self.device), vs=("host/launch",), unit="us")
+        for name, token in self.tokens.items():
+            self.add_row(f"profile/{name}/launches", [len(token.kernels)] * 2, unit="launches")
+            one_by_one = sum(kernel.end - kernel.start for kernel in token.kernels)
+            parts = {"kernels": one_by_one, "busy": busy(token.kernels)}
+            parts |= token.parts(launch, self.tokens.get(bare_of(name)))
+            for part, ms in parts.items():
+                self.add_row(f"profile/{name}/{part}", [ms] * 2, vs=(name,))
 
     # --- the rows ----------------------------------------------------------------------------------------------------
 
     def run(self):
+        if self.wants("host/launch") and not self.tiny:
+            self.add_row("host/launch", launch_times(self.device), unit="us")
         self.hf_rows()
         self.engine_rows()
         for name in BASELINES:
             self.baseline_rows(name)
+        if self.profile:
+            self.part_rows()
 
     def exact(self, model):
         """The first token's logits [B, V] computed in fp32, as fp64, and the error of those in bf16, both by HuggingFace's forward."""
@@ -191,8 +218,6 @@ class Bench:
     def engine_rows(self):
         if self.wants("roofline") and not self.tiny:
             self.roofline()
-        if self.wants("host/launch") and not self.tiny:
-            self.add_row("host/launch", launch_times(self.device), unit="us")
         if self.wants("engine/backbone"):
             self.add(
                 "engine/backbone",
@@ -209,17 +234,18 @@ class Bench:
         if self.batch == 1 and any(self.wants(f"engine/{way}") for way in MERGING):
             self.merging_rows()
 
-    def text_row(self, name, run, count, mixture):
+    def text_row(self, name, run, mixture):
         """The same with the tokens of a text, where experts do not change at every one."""
         if self.batch == 1 and name in self.rows:
-            forced, share = text_tokens(self.backbone.embeddings, self.router, count)
-            samples = self.times(run, count, forced)
-            self.add_row(f"{name}_text", samples, (name,), new_tokens=count, changes=round(share, 3), **mixture)
+            forced, share = text_tokens(self.backbone.embeddings, self.router, self.new)
+            samples = self.times(run, self.new, forced)
+            self.add_row(f"{name}_text", samples, (name,), new_tokens=self.new, changes=round(share, 3), **mixture)
 
     def _adapted(self, r):
         """(model, what `exact` finds of it, its part of the case)."""
         model = adapted(self.base, r // 16 if self.tiny else r, self.router)
         mixture = {"num_experts": EXPERTS, "r": model.adafuse_config.r, "top_k": TOP_K}
+        mixture["experts_a_step"] = round(self.experts_a_step, 3)
         return model, self.exact(model), mixture
 
     def fused_rows(self, r):
@@ -228,7 +254,7 @@ class Bench:
         run = EngineRun(model, self.ids, self.new)
         self.add(name, run, vs=others, exact=exact, **mixture)
         if r == 64:
-            self.text_row(name, run, self.new, mixture)
+            self.text_row(name, run, mixture)
         del run
         free()
         if self.profile:
@@ -241,7 +267,7 @@ class Bench:
         vs = ("engine/fused_r64", "engine/backbone")
         if self.wants("engine/merge_per_matrix"):
             run = EngineRun(model, self.ids, self.new, make_step=MergePerMatrix)
-            self.add("engine/merge_per_matrix", run, count=self.short, vs=vs, exact=exact, limit=MERGED, **mixture)
+            self.add("engine/merge_per_matrix", run, vs=vs, exact=exact, limit=MERGED, **mixture)
             run.runner._steps[self.batch, True].restore()
             del run
             free()
@@ -257,72 +283,81 @@ class Bench:
         model.switch_source = source
         model.execution = "switch"
         run = EngineRun(model, self.ids, self.new)
-        self.add(f"engine/switch_{source}", run, count=self.short, vs=vs, exact=exact, limit=MERGED, **mixture)
-        self.text_row(f"engine/switch_{source}", run, self.short, mixture)
+        self.add(f"engine/switch_{source}", run, vs=vs, exact=exact, limit=MERGED, **mixture)
+        self.text_row(f"engine/switch_{source}", run, mixture)
         model.execution = "auto"
 
     def ablations(self, name, model):
-        """What the parts of a token's time are: attention and the small kernels by a step without them, the adapters against the
-        backbone alone; what is left are the base's linears, routing, head and sampling."""
-        if name not in self.rows:
+        """What the engine's step is shorter without some of its launches: attention, and the small kernels between the linears."""
+        if name not in self.tokens:
             return
-        whole = self.rows[name]["median"]
-        parts = {}
+        token = self.tokens[name]
         for part in ("attention", "between"):
             run = EngineRun(model, self.ids, self.new, make_step=partial(Without, leave_out=(part,)))
-            parts[part] = [whole - each for each in self.times(run, self.new)]
+            token.left_out[part] = token.ms - statistics.median(self.times(run, self.new))
             del run
             free()
-        if model is not self.base and "engine/backbone" in self.rows:
-            parts["adapters"] = [each - self.rows["engine/backbone"]["median"] for each in self.samples[name]]
-        taken = sum(statistics.median(part) for part in parts.values())
-        parts["rest"] = [each - taken for each in self.samples[name]]
-        for part, samples in parts.items():
-            self.add_row(f"profile/{name}/{part}", samples, vs=(name,))
 
     def baseline_rows(self, name):
-        rows = [how for how in ("published", "graphed") if self.wants(f"{how}/{name}")]
+        published, graphed = (self.wants(f"{how}/{name}") for how in ("published", "graphed"))
         ours = name == "layerwise" and self.wants("graphed/layerwise_ours")
-        if not rows and not ours:
+        if not (published or graphed or ours):
             return
         model, config = with_baseline(self.base, name, self.tiny)
-        vs, counts = ("hf/compiled", "engine/fused_r64"), {"published": self.few, "graphed": self.new}
+        vs = ("hf/compiled", "engine/fused_r64")
         names = ("num_experts", "top_k", "r", "bottleneck", "lora_r")
         mixture = {key: getattr(config, key) for key in names if hasattr(config, key)}
         model.execution = "published"
-        exact = self.exact(model) if rows else None
-        for how, row_vs in (("published", ("hf/eager", *vs)), ("graphed", vs)):
-            if how in rows:
-                run = self._peer(model, how)
-                self.add(f"{how}/{name}", run, count=counts[how], vs=row_vs, exact=exact, **mixture)
-                del run
-                free()
+        exact = self.exact(model) if published or graphed else None
+        if published:
+            run = HfRun(model, self.ids, self.new, "eager")
+            self.add(f"published/{name}", run, count=self.few, vs=("hf/eager", *vs), exact=exact, **mixture)
+            del run
+            free()
+        if graphed:
+            self.graphed_rows(f"graphed/{name}", model, vs, exact, mixture)
         if ours:
             self.layerwise_ours(model, config, vs, mixture)
         model.detach()
         del model
         free()
 
-    def _peer(self, model, how):
-        model.execution = how.replace("graphed", "graph")
-        if how == "published":
-            return HfRun(model, self.ids, self.new, "eager")
+    def graphed_rows(self, name, model, vs, exact, mixture):
+        """The row is the fastest of the forms that a graph can hold; the others get rows that are named after them."""
+        found = {}
+        for form in (each for each in model.executions if each != "published"):
+            measured = self._graphed(f"{name} as {form}", model, form, exact)
+            if measured is not None:
+                found[form] = measured
+            free()
+        for form in sorted(found, key=lambda form: statistics.median(found[form].samples)):
+            if name not in self.rows:
+                self.take(name, found[form], vs, form=form, **mixture)
+            else:
+                self.take(f"{name}_{form}", found[form], (name,), form=form, **mixture)
+
+    def _graphed(self, name, model, form, exact):
+        model.execution = "graph"  # of the prompts: kernels for many tokens need not be compiled
+        run = HfRun(model, self.ids, self.new, "graphed", start=False)
+        model.execution = form
         with parts_compiled(model, backend="eager" if self.tiny else "inductor"):
-            return HfRun(model, self.ids, self.new, "graphed")
+            run.start()
+            return self.measure(name, run, exact=exact)
 
     def layerwise_ours(self, model, config, vs, mixture):
         """Its logits are compared where the cache holds no other prompt than these tokens."""
         modules = modules_of(self.base, len(self.backbone.blocks))
         make = partial(_layerwise_step, modules, config)
         model.execution = "graph"
-        ids = self.forced[:4].T
+        few = self.forced[:3]
+        ids = few.T
         rounded = model(input_ids=ids).logits[:, -1]
         with in_fp32(model):
             exact = model(input_ids=ids).logits[:, -1].double()
         run = EngineRun.of_backbone(self.backbone, self.ids, self.new, make)
         run.runner.positions[: self.batch] = 0
-        for n in range(4):
-            run.token.copy_(self.forced[n])
+        for token in few:
+            run.token.copy_(token)
             run.step()
         if not self.is_right("graphed/layerwise_ours", run.logits, exact, relative_error(rounded, exact), MERGED):
             return
@@ -336,9 +371,10 @@ class Bench:
         per_byte = [sample / (2 * buffer.numel()) for sample in best_read_times(buffer)]
         del buffer
         free()
-        found = bytes_of_a_token(self.backbone, self.batch, self.context + self.new // 2)
-        for name, moved in found.items():
-            self.add_row(name, [moved * each for each in per_byte], gigabytes=round(moved / 1e9, 3))
+        cached = self.context + self.new // 2
+        for name, moved in bytes_of_a_token(self.backbone, self.batch, cached, self.experts_a_step).items():
+            case = {} if name == "roofline" else {"experts_a_step": round(self.experts_a_step, 3)}
+            self.add_row(name, [moved * each for each in per_byte], gigabytes=round(moved / 1e9, 3), **case)
 
 
 def _layerwise_step(modules, config, backbone, gate, cache, rotary, logits):
@@ -352,8 +388,13 @@ def append(path, rows):
         return rows
     if differing := [key for key in ("gpu", "driver", "torch", "triton", "git") if known["env"][key] != env[key]]:
         raise SystemExit(f"{path} is of another {differing[0]} ({known['env'][differing[0]]}); write to another file")
-    cases = {json.dumps([row["name"], row["case"]], sort_keys=True) for row in rows}
-    return [r for r in known["rows"] if json.dumps([r["name"], r["case"]], sort_keys=True) not in cases] + rows
+    cases = {_place(row) for row in rows}
+    return [row for row in known["rows"] if _place(row) not in cases] + rows
+
+
+def _place(row):
+    """What a row is of: a later one of the same takes its place, whatever else it found."""
+    return row["name"], *(row["case"][key] for key in ("model", "context", "batch"))
 
 
 def main():

@@ -135,8 +135,8 @@ KERNEL_TARGETS = {
 def decode(rows):
     """A line a row of each case: the median, and what it is compared with. Of a profile: `decode_profile`."""
     lines = [
-        "| model | context | batch | row | ms | compared with | ratio | target |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | context | batch | row | new tokens | ms | compared with | ratio | target |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     first = case_of(rows[0])
     for row in rows:
@@ -144,7 +144,8 @@ def decode(rows):
             continue
         target = DECODE_TARGETS.get(row["name"], "") if case_of(row) == first else ""
         ratio = f"{row['ratio']:.3f}" if row["ratio"] else ""
-        cells = (*case_of(row), row["name"], f"{row['median']:.3f}", row["vs"] or "", ratio, target)
+        name, new = row["name"], row["case"].get("new_tokens", "")
+        cells = (*case_of(row), name, new, f"{row['median']:.3f}", row["vs"] or "", ratio, target)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
@@ -154,34 +155,72 @@ def decode_summary(rows):
     found = of_first_case(rows)
     lines = ["| a token of Llama-2-7B | ms | of bare HuggingFace, compiled | of ours, r 64 |", "|---|---|---|---|"]
     compiled, ours = found["hf/compiled"]["median"], found["engine/fused_r64"]["median"]
+    new = found["engine/fused_r64"]["case"]["new_tokens"]
     for name, title in DECODE_WAYS.items():
-        median = found[name]["median"]
+        median, own = found[name]["median"], found[name]["case"]["new_tokens"]
+        title += "" if own == new else f" ({own} new tokens)"
         lines.append(f"| {title} | {median:.2f} | {median / compiled:.2f}x | {median / ours:.2f}x |")
     launch, eager = found["host/launch"]["median"], found["hf/eager"]["median"]
+    what = (
+        f"Shapes of Llama-2-7B with random weights, bf16, batch 1, context 256, {new} new tokens where nothing else is said, all linears "
+        "adapted, 8 experts, 2 a token that change at every token, greedy sampling included; medians of one run."
+    )
+    bound = f"Reading what must be read takes {found['roofline_r64']['median']:.2f} ms with the experts of r 64."
+    host = (
+        f"What is published is launched from Python, so it measures the host too: one launch takes it {launch:.1f} us, a token of the bare "
+        f"HuggingFace model without graphs {eager:.0f} ms."
+    )
+    return [*lines, "", f"{what} {bound} {host}"]
+
+
+def decode_headline(rows):
+    """What knowing the experts beforehand is worth: layer-wise routing, in the form that is as fast as ours can make it, over ours."""
+    found = of_first_case(rows)
+    layerwise, ours, alone = (
+        found[name]["median"] for name in ("graphed/layerwise_ours", "engine/fused_r64", "engine/backbone")
+    )
+    times = (
+        f"**Layer-wise routing on the very same engine and kernels takes {layerwise / ours:.2f} times as long a token**"
+    )
+    case = "for Llama-2-7B with 2 of 8 experts of rank 64 on every linear"
     return [
-        *lines,
-        "",
-        "Shapes of Llama-2-7B with random weights, bf16, batch 1, context 256, 128 new tokens, all linears adapted, 8 experts, 2 a "
-        "token that change at every token, greedy sampling included; medians of one run. Reading what must be read takes "
-        f"{found['roofline_r64']['median']:.2f} ms with the experts of r 64. What is published is launched from Python, so it measures the "
-        f"host too: one launch takes it {launch:.1f} us, a token of the bare HuggingFace model without graphs {eager:.0f} ms.",
+        f"{times}: {layerwise:.2f} ms against {ours:.2f} ms {case}, where the bare model takes {alone:.2f} ms "
+        "(NVIDIA H100, [all figures](docs/latency.md))."
     ]
 
 
 def decode_profile(rows):
-    """Launches of a token and what the parts of its time are, for the first case."""
+    """Launches of a token and what its time is made of, for the first case."""
     found = of_first_case(rows)
-    parts = ("attention", "between", "adapters", "rest")
     lines = [
-        "| row | ms | launches | kernels one by one, ms | attention | norms, activation | adapters | rest |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| row | ms | launches | kernels one by one, ms | {' | '.join(DECODE_PARTS.values())} |",
+        "|---|---|---|---|" + "---|" * len(DECODE_PARTS),
     ]
     for name in (name for name in found if f"profile/{name}/launches" in found):
         launches, kernels = (found[f"profile/{name}/{what}"]["median"] for what in ("launches", "kernels"))
-        measured = [found.get(f"profile/{name}/{part}") for part in parts]
-        cells = [f"{row['median']:.2f}" if row else "" for row in measured]
-        lines.append(f"| {name} | {found[name]['median']:.2f} | {launches:.0f} | {kernels:.2f} | {' | '.join(cells)} |")
+        cells = " | ".join(_part(found, name, part) for part in DECODE_PARTS)
+        lines.append(f"| {name} | {found[name]['median']:.2f} | {launches:.0f} | {kernels:.2f} | {cells} |")
     return lines
+
+
+def _part(found, name, part):
+    """A part's ms; nothing where the row has no such part, "not split" where it was not told from the rest."""
+    if row := found.get(f"profile/{name}/{part}"):
+        return f"{row['median']:.2f}"
+    bare = name in ("hf/eager", "hf/compiled", "engine/backbone")
+    graphed = not name.startswith(("hf/eager", "published/"))
+    return "" if (part == "adapters" and bare) or (part == "python" and graphed) else "not split"
+
+
+# Parts of a token's time, as benchmarks/token_parts.py splits it, and what tables call them.
+DECODE_PARTS = {
+    "launching": "in launches",
+    "python": "in Python besides",
+    "attention": "in attention",
+    "between": "in norms, activation",
+    "adapters": "in adapters",
+    "rest": "in the rest",
+}
 
 
 def case_of(row):
@@ -201,7 +240,7 @@ DECODE_WAYS = {
     "engine/fused_r16": "**mixture, r 16, this engine**",
     "engine/fused_r64": "**mixture, r 64, this engine**",
     "graphed/layerwise_ours": "layer-wise routing, r 64, on this engine and its kernels",
-    "graphed/layerwise": "layer-wise routing, r 64, PyTorch in a CUDA graph",
+    "graphed/layerwise": "layer-wise routing, r 64, HuggingFace's forward in a CUDA graph",
     "engine/switch_pristine": "merging the token's experts in one launch, this engine",
     "published/layerwise": "layer-wise routing, r 64, as published",
 }
@@ -348,6 +387,7 @@ TABLES = {
     "decode": decode,
     "decode.summary": decode_summary,
     "decode.profile": decode_profile,
+    "decode.headline": decode_headline,
     "executions": executions,
     "drift": drift,
     "domains": domains,
@@ -355,6 +395,7 @@ TABLES = {
     "accuracy.domains": accuracy_domains,
     "routing": routing,
 }
+SENTENCES = {"decode.headline"}  # which say themselves where they are from
 NOT_MEASURED = "*Not measured yet.*"  # in place of a table without results
 
 
@@ -367,9 +408,8 @@ def fill(document):
         if not path.is_file():
             return start + NOT_MEASURED + "\n" + end
         result = json.loads(path.read_text())
-        return (
-            start + "\n".join([*TABLES[name](result["rows"]), "", _source(result["env"], path, document)]) + "\n" + end
-        )
+        source = [] if name in SENTENCES else ["", _source(result["env"], path, document)]
+        return start + "\n".join([*TABLES[name](result["rows"]), *source]) + "\n" + end
 
     return MARKED.sub(table, document.read_text())
 

@@ -1,6 +1,7 @@
 """What the decoding benchmark runs: models with random weights, adapters on them, the tokens that are forced, the bytes of a token."""
 
 import json
+import statistics
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -125,16 +126,25 @@ def text_tokens(embeddings, router, count):
     return ids[:, None], sum(a != b for a, b in pairwise(sets)) / (count - 1)
 
 
-def bytes_of_a_token(backbone, batch, cached):
+def mean_distinct(embeddings, router, forced):
+    """Of so many experts a step of the batch reads: those that its tokens chose, each counted once; the mean over the steps of
+    `forced` [count, B]."""
+    sets = expert_sets(embeddings, router, forced.flatten())
+    batch = forced.shape[1]
+    steps = [set().union(*sets[start : start + batch]) for start in range(0, len(sets), batch)]
+    return statistics.mean(map(len, steps))
+
+
+def bytes_of_a_token(backbone, batch, cached, experts):
     """What one step must read in bf16, by row: weights, `cached` keys and values of every sequence, and chosen experts.
 
-    Of a batch as many experts as it can reach.
+    experts: how many the tokens of a batch choose together (`mean_distinct`).
     """
     sizes = [weight.shape for weight in weights_of(backbone)]
     weights = sum(o * i for o, i in sizes) + backbone.head.weight.numel()
     heads = backbone.num_kv_heads * backbone.head_dim * len(backbone.blocks)
     numbers = {"roofline": weights + 2 * heads * batch * cached}
     for r in (64, 16):
-        active = min(EXPERTS, TOP_K * batch) * r * sum(o + i for o, i in sizes)
+        active = experts * r * sum(o + i for o, i in sizes)
         numbers[f"roofline_r{r}"] = numbers["roofline"] + active
     return {name: 2 * count for name, count in numbers.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -22,6 +23,19 @@ def bare(name="llama", dtype=torch.float32, **changes):
         config = type(model.config)(
             **{**model.config.to_dict(), "max_position_embeddings": POSITIONS, "rope_parameters": None, **changes}
         )
+        return type(model)(config)
+
+    return replace(fam, make=make).build(dtype)
+
+
+def roomy(name, dtype=torch.float32):
+    """A model of any of the families, with as many positions."""
+    fam = family(name)
+
+    def make():
+        model = fam.make()
+        config = copy.deepcopy(model.config)
+        config.get_text_config(decoder=True).max_position_embeddings = POSITIONS
         return type(model)(config)
 
     return replace(fam, make=make).build(dtype)

@@ -1,6 +1,5 @@
 """The kernels' benchmark at toy size, so that it does not rot: each way of running a stack of linears against fp64."""
 
-import json
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -13,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import shapes
 import stack
+import token_parts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMIT = 1e-2
@@ -98,15 +98,65 @@ def test_no_script_hides_a_package():
     assert not scripts & {*packages_distributions(), *sys.stdlib_module_names, "kernels"}
 
 
-def test_the_chart_of_a_token_shows_what_was_measured(tmp_path):
-    import charts
+def test_time_in_which_several_kernels_run_counts_once():
+    kernels = [
+        token_parts.Kernel(name, *times) for name, times in {"b": (2.0, 5.0), "a": (0.0, 3.0), "c": (7.0, 8.0)}.items()
+    ]
+    assert token_parts.busy(kernels) == 6.0
+    assert token_parts.busy([]) == 0.0
 
-    rows = json.loads((charts.ROOT / "benchmarks" / "results" / "h100" / "decode.json").read_text())["rows"]
-    found = {row["name"]: row for row in rows}
-    for name in charts.BARS.keys() & found.keys():
-        parts = charts.parts_of(name, charts.BARS[name], found)
-        assert sum(parts.values()) == pytest.approx(found[name]["median"])
-        assert min(parts.values()) >= 0
+
+def test_the_parts_of_a_token_add_up():
+    def token(name, ms, *busy, left_out=None):
+        kernels = [token_parts.Kernel(kernel, *times) for kernel, times in busy]
+        return token_parts.Token(name, ms, kernels, left_out or {})
+
+    eager = token("hf/eager", 10.0, ("void pytorch_flash::fwd", (0.0, 1.0)), ("gemv", (1.0, 4.0)))
+    published = token("published/pesc", 30.0, ("fmha_cutlassF", (0.0, 1.0)), *[("gemv", (1.0, 9.0))] * 9)
+    assert eager.parts(2e3, None) == {"launching": 4.0, "python": 2.0, "attention": 1.0, "rest": 3.0}
+    wanted = {"launching": 20.0, "python": 1.0, "attention": 1.0, "adapters": 5.0, "rest": 3.0}
+    assert published.parts(2e3, eager) == wanted
+    assert published.parts(1e6, eager)["launching"] == 21.0  # no more than the time in which no kernel runs
+    bare = token("engine/backbone", 5.0, ("decode", (0.0, 4.5)), left_out={"attention": 0.25, "between": 0.25})
+    switch = token("engine/switch_pristine", 9.0, ("switch", (0.0, 8.0)))
+    assert switch.parts(2e3, bare) == {
+        "launching": 1.0, "attention": 0.25, "between": 0.25, "adapters": 3.5, "rest": 4.0,
+    }  # fmt: skip
+
+
+def test_what_was_not_told_apart_is_not_split():
+    graphed = token_parts.Token("graphed/mola", 9.0, [token_parts.Kernel("triton_poi_sdpa_mask", 0.0, 8.0)])
+    compiled = token_parts.Token("hf/compiled", 5.0, graphed.kernels)
+    assert graphed.parts(2.0, compiled).keys() == {"launching", "adapters", "rest"}
+    assert graphed.parts(2.0, None) == {"launching": 1.0}
+    assert graphed.parts(None, compiled) == {}
+
+
+def test_every_row_is_compared_with_the_bare_model_that_runs_as_it_does():
+    bare = {
+        "hf/eager": None, "hf/compiled": None, "engine/backbone": None, "engine/switch_in_place": "engine/backbone",
+        "published/mola": "hf/eager", "graphed/mola_fused": "hf/compiled", "graphed/layerwise_ours": "engine/backbone",
+    }  # fmt: skip
+    assert {name: token_parts.bare_of(name) for name in bare} == bare
+
+
+def test_the_chart_and_the_table_show_parts_or_say_that_there_are_none(tmp_path):
+    import charts
+    import tables
+
+    def row(name, ms):
+        return {"name": name, "case": {"model": "m", "context": 1, "batch": 1}, "median": ms, "unit": "ms"}
+
+    rows = [row("hf/compiled", 6.0), row("engine/backbone", 5.0), row("published/mola", 300.0)]
+    rows += [row(f"profile/{each['name']}/{what}", 3.0) for each in rows for what in ("launches", "kernels")]
+    parts = {"launching": 0.5, "attention": -0.25, "rest": 4.75}
+    rows += [row(f"profile/engine/backbone/{part}", ms) for part, ms in parts.items()]
+    found = {each["name"]: each for each in rows}
+    assert charts.parts_of("engine/backbone", found) == {**parts, "attention": 0.0}
+    assert charts.parts_of("published/mola", found) == {charts.NOT_SPLIT: 300.0}
+    lines = {line.split(" | ")[0]: line for line in tables.decode_profile(rows)}
+    assert lines["| engine/backbone"] == "| engine/backbone | 5.00 | 3 | 3.00 | 0.50 |  | -0.25 | not split |  | 4.75 |"
+    assert lines["| published/mola"].count("not split") == 6
     charts.latency(rows, tmp_path / "latency.svg")
     assert (tmp_path / "latency.svg").stat().st_size > 10_000
 

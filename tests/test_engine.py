@@ -4,11 +4,14 @@ import gc
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from engine_models import NAMES, adapted, bare, generated, logits_of, prompt
+from engine_uses import KINDS, whatever_a_user_does
 from families import VOCAB
 from reference import relative_error
+from tiny_text import tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adafuse import AdaFuseModel, Engine
@@ -285,17 +288,14 @@ def live_bytes():
 
 
 def test_memory_is_flat():
-    one = engine(adapted(dtype=torch.bfloat16, routing="layer"))
+    one = engine(adapted(dtype=torch.bfloat16, routing="layer"), max_seq_len=64, max_batch=2, tokenizer=tokenizer())
 
-    def generations():
-        one.generate([prompt(40), prompt(9)], max_new_tokens=20, logprobs=2, return_routing=True)
-        one.generate([prompt(9)] * 3, max_new_tokens=20, temperature=1.0, repetition_penalty=1.2)
+    def generations(count):
+        for n in range(count):
+            whatever_a_user_does(one, n)
+        return live_bytes()
 
-    generations()
-    before = live_bytes()
-    for _ in range(10):
-        generations()
-    assert live_bytes() == before
+    assert generations(2 * KINDS) == generations(20 * KINDS)
 
 
 # --- interruptions ---------------------------------------------------------------------------------------------------
@@ -337,6 +337,38 @@ def test_logits_that_are_no_numbers_are_reported_and_do_not_stay():
         one.generate([prompt(200), prompt(3)], temperature=[0.0, 1.0], top_p=[1.0, 0.5], max_new_tokens=20)
     weight.data.copy_(kept)
     assert one.generate([ids], max_new_tokens=20) == wanted
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_row_that_has_ended_spoils_nothing_for_the_next(ahead):
+    """Its last token, whose embedding is no number, is run once more while the other row goes on, or in a step that is thrown away."""
+    model, prompts = bare(), [prompt(20), prompt(30, 1)]
+    texts = [generated(model, ids, 30) for ids in prompts]
+    end = next(token for token in texts[0] if token not in [*texts[1], *prompts[0], *prompts[1]])
+    at = texts[0].index(end)
+    model.model.embed_tokens.weight.data[end] = torch.nan
+    one = engine(model)
+    one._ahead = ahead  # as with graphs
+    wanted = one.generate([[1, 2, 3]], max_new_tokens=5, eos_token_id=())[0].ids
+    lengths = [30, at + 1 + (not ahead)]
+    results = one.generate(prompts, max_new_tokens=lengths, eos_token_id=end)
+    assert [each.finish_reason for each in results] == ["stop", "length"]
+    assert not one._runner.cache.isfinite().all()
+    assert one.generate([[1, 2, 3]], max_new_tokens=5, eos_token_id=())[0].ids == wanted
+
+
+def test_an_interrupted_prompt_spoils_nothing_for_the_next(monkeypatch):
+    model = bare()
+    one = engine(model)
+    wanted = one.generate([[1, 2, 3]], max_new_tokens=5)[0].ids
+    kept = model.model.embed_tokens.weight.data[90].clone()
+    model.model.embed_tokens.weight.data[90] = torch.nan
+    with monkeypatch.context() as patch:
+        patch.setattr(one._runner, "sample", lambda sampler: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            one.generate([[90] * 20])
+    model.model.embed_tokens.weight.data[90] = kept
+    assert one.generate([[1, 2, 3]], max_new_tokens=5)[0].ids == wanted
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -403,6 +435,18 @@ def test_no_prompts_give_no_results(bare_engine):
 def test_tensors_are_prompts_too(bare_engine):
     ids = prompt(9)
     assert bare_engine.generate([torch.tensor(ids)])[0].ids == bare_engine.generate([tuple(ids)])[0].ids
+
+
+def test_numbers_of_numpy_are_numbers(bare_engine):
+    ids, whole, real = prompt(9), np.int64, np.float32
+    settings = {"max_new_tokens": 9, "temperature": 0.5, "top_p": 0.75, "top_k": 7, "seed": 3, "logprobs": 2}
+    settings |= {"repetition_penalty": 1.5, "min_new_tokens": 1, "eos_token_id": 5}
+    given = {name: (real if isinstance(value, float) else whole)(value) for name, value in settings.items()}
+    (got,) = bare_engine.generate([[whole(each) for each in ids]], **given)
+    assert got == bare_engine.generate([ids], **settings)[0]
+    assert {type(each) for each in (*got.prompt_ids, *got.ids)} == {int}
+    with pytest.raises(ValueError, match="allowed are whole numbers"):
+        bare_engine.generate([[np.float64(3)]])
 
 
 def test_streaming_needs_a_tokenizer(bare_engine):

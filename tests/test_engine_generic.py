@@ -3,9 +3,18 @@
 import pytest
 import torch
 from engine_models import NAMES as OWN
-from engine_models import generated, prompt
-from families import NAMES, family, fill
-from transformers import BloomConfig, BloomForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+from engine_models import generated, prompt, roomy
+from families import NAMES, fill
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)  # fmt: skip
 
 from adafuse import AdaFuseConfig, AdaFuseModel, Engine
 
@@ -13,7 +22,7 @@ OTHERS = [name for name in NAMES if name not in OWN]
 
 
 def a_model(name, dtype=torch.float32, **settings):
-    model = family(name).build(dtype)
+    model = roomy(name, dtype)
     if not settings:
         return model
     model = AdaFuseModel(model, AdaFuseConfig(**{"r": 2, "num_experts": 4, **settings}))
@@ -22,18 +31,18 @@ def a_model(name, dtype=torch.float32, **settings):
 
 
 def engine(model, **options):
-    return Engine(model, **{"max_seq_len": 64, "max_batch": 4, "prefill_chunk": 16, **options})
+    return Engine(model, **{"max_seq_len": 256, "max_batch": 4, "prefill_chunk": 16, **options})
 
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("settings", [{}, {"routing": "layer", "shared_rank": 2}], ids=["bare", "adapted"])
 def test_a_batch_of_different_lengths_gives_the_tokens_of_huggingface(name, settings):
     model, prompts = a_model(name, **settings), [prompt(20), prompt(5, 1), prompt(33, 2)]
+    wanted = [generated(model, ids, count) for ids, count in zip(prompts, (200, 8, 30), strict=True)]
     one = engine(model)
-    for _ in range(2):
-        got = one.generate(prompts, max_new_tokens=[30, 8, 30], eos_token_id=())
-        for ids, count, each in zip(prompts, (30, 8, 30), got, strict=True):
-            assert each.ids == generated(model, ids, count)
+    for counts in ([200, 8, 30], [30, 8, 30]):
+        got = one.generate(prompts, max_new_tokens=counts, eos_token_id=())
+        assert [each.ids for each in got] == [ids[:count] for ids, count in zip(wanted, counts, strict=True)]
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt2"])
@@ -66,6 +75,52 @@ def test_the_execution_of_the_model_is_taken(execution):
             one.generate([ids, ids], max_new_tokens=4)
 
 
+SHORT = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHORT |= {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+
+
+def changing(rope_type):
+    """A model whose rotary embedding has other frequencies beyond 64 positions."""
+    torch.manual_seed(0)
+    if rope_type == "longrope":
+        rope = {"rope_type": rope_type, "rope_theta": 500.0, "original_max_position_embeddings": 64}
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+        config = Phi3Config(
+            **SHORT, max_position_embeddings=256, original_max_position_embeddings=64, rope_parameters=rope
+        )
+        model = Phi3ForCausalLM(config)
+    else:
+        rope = {"rope_type": rope_type, "rope_theta": 500.0, "factor": 4.0}
+        model = OlmoForCausalLM(OlmoConfig(**SHORT, max_position_embeddings=64, rope_parameters=rope))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_frequencies_do_not_change_within_what_is_served(rope_type):
+    """A chunk's padding would lie beyond 64 positions, and so would a row that has ended at the last of them and goes on."""
+    model = changing(rope_type)
+    one = engine(model, max_seq_len=128, prefill_chunk=40)
+    assert one.max_seq_len == 64
+    prompts, counts = [prompt(20), prompt(60, 1)], [30, 4]
+    got = one.generate(prompts, max_new_tokens=counts, eos_token_id=())
+    for ids, count, each in zip(prompts, counts, got, strict=True):
+        assert each.ids == generated(model, ids, count)
+        assert one.generate([ids], max_new_tokens=count, eos_token_id=())[0].ids == each.ids
+    with pytest.raises(ValueError, match="more than the 64 this engine"):
+        one.generate([prompt(60)], max_new_tokens=5)
+    model(input_ids=torch.tensor([prompt(100)]))  # which changes the frequencies
+    assert one.generate(prompts[:1], max_new_tokens=30, eos_token_id=())[0].ids == got[0].ids
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_no_graph_can_hold_frequencies_that_change(rope_type):
+    with pytest.raises(ValueError, match=rf"\({rope_type}\) change with the length.*graphs=False"):
+        engine(changing(rope_type), graphs=True)
+
+
 def test_logits_that_are_no_numbers_do_not_stay():
     model, ids = a_model("gpt2"), prompt(9)
     one = engine(model)
@@ -89,15 +144,6 @@ def test_what_the_engine_cannot_run_is_refused():
     bloom = BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match=r"the forward of BloomForCausalLM \(bloom\) takes no position_ids"):
         engine(bloom)
-    shape = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    mixed = Qwen3NextConfig(
-        **shape, num_key_value_heads=2, head_dim=8, layer_types=["linear_attention", "full_attention"]
-    )
+    mixed = Qwen3NextConfig(**SHORT, head_dim=8, layer_types=["linear_attention", "full_attention"])
     with pytest.raises(ValueError, match="has blocks of type linear_attention, whose state the engine does not keep"):
         engine(Qwen3NextForCausalLM(mixed))

@@ -9,8 +9,10 @@ from reference import relative_error
 
 pytest.importorskip("triton")
 
-from adafuse import Engine
+from adafuse import Engine, switching
+from adafuse.engine import kernels
 from adafuse.engine.runner import Runner
+from adafuse.ops.switch import switch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COUNT = 200 if torch.cuda.is_available() else 6
@@ -176,6 +178,67 @@ def test_switched_weights_give_the_same_tokens(source, adapter):
     for name, tensor in model.get_base_model().state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0 if source == "pristine" else 1e-4)
     assert one.generate([ids], max_new_tokens=len(wanted))[0].ids == wanted
+
+
+@pytest.mark.filterwarnings("ignore:.*in_place")
+@pytest.mark.parametrize("moment", ["before", "behind"])
+@pytest.mark.parametrize("launch", [1, 2])
+@pytest.mark.parametrize("source", ["pristine", "in_place"])
+def test_an_interrupt_within_a_switch_leaves_no_wrong_weights(monkeypatch, source, launch, moment):
+    """The first launch of a generation begins the merging, the second is a step's."""
+    model, ids, calls = a_model("llama", "shared"), prompt(9), []
+    before = {name: tensor.clone() for name, tensor in model.get_base_model().state_dict().items()}
+    model.switch_source = source
+    model.execution = "switch"
+    one = engine(model, max_batch=1, graphs=False)
+    wanted = one.generate([ids], max_new_tokens=3)[0].ids
+
+    def interrupted(*given, **options):
+        calls.append(1)
+        if len(calls) != launch or moment == "behind":
+            switch(*given, **options)
+        if len(calls) == launch:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "switch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one.generate([ids], max_new_tokens=3)
+    if source == "in_place":
+        for use in (lambda: one.generate([ids], max_new_tokens=3), model.get_base_model().state_dict):
+            with pytest.raises(ValueError, match="was interrupted, so the base's weights are unknown"):
+                use()
+        return
+    assert one.generate([ids], max_new_tokens=3)[0].ids == wanted
+    model.execution = "auto"
+    for name, tensor in model.get_base_model().state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*in_place")
+@pytest.mark.parametrize("source", ["pristine", "in_place"])
+def test_an_interrupt_within_a_switch_of_huggingfaces_forward(monkeypatch, source):
+    """Behind the launch, so that the weights hold what `old` does not say, and the next token has the experts that it says."""
+    model, tokens = a_model("llama", "layer"), torch.tensor([[[3]], [[5]]], device=DEVICE)
+    assert not torch.equal(*(model.route(each).experts for each in tokens))
+    model.switch_source = source
+    model.execution = "switch"
+    wanted = model(input_ids=tokens[0]).logits
+
+    def interrupted(*given, **options):
+        switch(*given, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(switching, "switch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=tokens[1])
+    if source == "in_place":
+        with pytest.raises(ValueError, match="was interrupted, so the base's weights are unknown"):
+            model(input_ids=tokens[0])
+    else:
+        assert torch.equal(model(input_ids=tokens[0]).logits, wanted)
 
 
 def test_several_prompts_cannot_be_switched():

@@ -1,5 +1,8 @@
 """Text of the engine: pieces that join to the text, whole characters, stop strings across tokens; streams and their ends."""
 
+import threading
+import time
+
 import pytest
 import torch
 from byte_models import adapted
@@ -7,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_text import EOS, tokenizer
 from tokenizers import Tokenizer, decoders, models
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from adafuse import Engine
@@ -118,10 +122,20 @@ def test_strings_and_ids_are_the_same_prompts(engine):
     assert engine.generate(["one "], max_new_tokens=9) == engine.generate([ids], max_new_tokens=9)
 
 
-def test_an_empty_string_begins_with_the_end_token(engine):
-    assert engine.generate([""], max_new_tokens=3)[0].prompt_ids == [engine.tokenizer.eos_token_id]
+def test_an_empty_prompt_is_refused_unless_the_tokenizer_begins_it():
+    model, tok = adapted()
+    one = Engine(model, max_seq_len=64, tokenizer=tok)
+    with pytest.raises(ValueError, match="prompt 1 is empty, and the tokenizer puts no BOS in front of a text"):
+        one.generate(["a", ""], max_new_tokens=3)
     with pytest.raises(ValueError, match="prompt 0 is empty"):
-        engine.generate([[]])
+        one.stream("", max_new_tokens=3)
+    with pytest.raises(ValueError, match="prompt 0 is empty; it needs one token or more"):
+        one.generate([[]])
+    tok.bos_token = EOS
+    with pytest.raises(ValueError, match="puts no BOS"):  # it has one, and does not use it
+        one.generate([""])
+    tok._tokenizer.post_processor = TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, tok.bos_token_id)])
+    assert one.generate([""], max_new_tokens=3)[0].prompt_ids == [tok.bos_token_id]
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 3}, {"temperature": 1.5, "seed": 4, "top_k": 30}])
@@ -173,6 +187,51 @@ def test_a_closed_stream_frees_the_engine(engine):
     assert "".join(unstarted) == engine.generate(["to be"], max_new_tokens=40)[0].text
 
 
+@pytest.mark.parametrize("method", ["cancel", "close"])
+def test_a_stream_can_be_ended_from_another_thread(engine, monkeypatch, method):
+    wanted, whole = (engine.generate([text], max_new_tokens=40)[0] for text in ("one ", "to be"))
+    in_a_step, go_on, pieces = threading.Event(), threading.Event(), []
+    step = engine._runner.step
+
+    def slow(*given, **options):
+        if len(stream.ids) == 5:
+            in_a_step.set()
+            assert go_on.wait(30)
+        return step(*given, **options)
+
+    monkeypatch.setattr(engine._runner, "step", slow)
+    stream = engine.stream("to be", max_new_tokens=40)
+    reader = threading.Thread(target=lambda: pieces.extend(stream))
+    reader.start()
+    assert in_a_step.wait(30)
+    ending = threading.Thread(target=getattr(stream, method))
+    ending.start()
+    if method == "cancel":
+        ending.join(30)
+        assert not ending.is_alive()  # it waits for nothing
+    else:
+        while not stream._cancelled.is_set():
+            time.sleep(0.001)
+    go_on.set()
+    for thread in (ending, reader):
+        thread.join(30)
+        assert not thread.is_alive()
+    assert stream.ids == whole.ids[:6]
+    assert whole.text.startswith("".join(pieces))
+    with pytest.raises(StopIteration):
+        next(stream)
+    assert engine.generate(["one "], max_new_tokens=40)[0] == wanted
+
+
+def test_a_stream_that_was_cancelled_between_pieces_is_at_its_end(engine):
+    stream = engine.stream("to be", max_new_tokens=40)
+    next(stream)
+    stream.cancel()
+    assert list(stream) == []
+    stream.close()
+    assert engine.generate(["one "], max_new_tokens=5)[0].ids
+
+
 def test_a_stream_that_is_dropped_frees_the_engine(engine):
     for _ in engine.stream("to be", max_new_tokens=40):
         break
@@ -196,6 +255,9 @@ def test_a_stream_is_checked_before_it_begins(engine):
         engine.stream("one", max_new_tokens=62)
     with pytest.raises(TypeError, match="unexpected keyword"):
         engine.stream("one", beams=4)
+    for asked in ({"logprobs": 0}, {"return_routing": True}):
+        with pytest.raises(ValueError, match=r"stream yields text only; .* are settings of generate"):
+            engine.stream("one", **asked)
 
 
 def test_gradients_of_the_consumer_are_left_alone(engine):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -33,6 +35,8 @@ class Switcher:
     layers: the AdapterLinears. decisions: 1, or the number of blocks. source "pristine": a copy of every adapted weight is kept, each
     switch merges from it, `restore` is exact. "in_place": no copy; a switch adds new minus old, so weights drift. One forward at a
     time; `share` is what the blocks of a switched one are given.
+    merged: whether the weights hold a routing, `old`. known: False while they are written, and after that was interrupted: nobody can
+    tell which launches were made. The next switch then begins with the copies; in place there are none, and it is refused.
     ValueError if a base linear keeps its weights in a form that cannot be merged into (quantised, say).
     """
 
@@ -44,7 +48,7 @@ class Switcher:
             self._lay_out(decisions)
         # Whoever saves the base must get its own weights; the next token merges anew.
         self._hook = base.register_state_dict_pre_hook(lambda *_: self.restore())
-        self.merged = False
+        self.merged, self.known = False, True
 
     def _lay_out(self, decisions):
         layers, config = self.layers, self.config
@@ -105,32 +109,55 @@ class Switcher:
         """Make the weights those of one token's routing. One launch, or one for each dtype where the adapted weights have several; the
         same routing again: no work."""
         self.check()
+        if not self.known:
+            self.restore()
         experts, weights = self.new
         experts.copy_(routing.experts[0, 0])
         torch.mul(routing.weights[0, 0], self.config.scale, out=weights)
-        for table in self.tables:
-            switch(
-                table, experts, weights, old=self.old if self.merged else None, shared_scale=self.config.shared_scale
-            )
-        for old, new in zip(self.old, self.new, strict=True):
-            old.copy_(new)
-        self.merged = True
+        with self.writing():
+            for table in self.tables:
+                switch(
+                    table,
+                    experts,
+                    weights,
+                    old=self.old if self.merged else None,
+                    shared_scale=self.config.shared_scale,
+                )
+            for old, new in zip(self.old, self.new, strict=True):
+                old.copy_(new)
+            self.merged = True
         torch.clear_autocast_cache()  # autocast may have kept a cast of the weights as they were
+
+    @contextmanager
+    def writing(self):
+        """Around what writes weights, and says so in `old` and `merged`."""
+        self.known = False
+        yield
+        self.known = True
 
     @torch.compiler.disable
     @torch.no_grad()
     def restore(self):
-        """The base's own weights again: bit for bit from the copies, or by taking the experts out."""
-        if not self.merged:
+        """The base's own weights again: bit for bit from the copies, or by taking the experts out.
+
+        ValueError in place if a switch was interrupted.
+        """
+        if self.known and not self.merged:
             return
-        if self.in_place:
-            experts, weights = self.old
-            for table in self.tables:
-                switch(table, experts, -weights, shared_scale=-self.config.shared_scale)
-        else:
-            for weight, copy in zip(self.weights, self.copies, strict=True):
-                weight.copy_(copy)
-        self.merged = False
+        if self.in_place and not self.known:
+            raise ValueError(
+                "a switch of the weights in place was interrupted, so the base's weights are unknown; load the base and the adapter "
+                'again (with switch_source="pristine" the copy would have served)'
+            )
+        with self.writing():
+            if self.in_place:
+                experts, weights = self.old
+                for table in self.tables:
+                    switch(table, experts, -weights, shared_scale=-self.config.shared_scale)
+            else:
+                for weight, copy in zip(self.weights, self.copies, strict=True):
+                    weight.copy_(copy)
+            self.merged = False
         torch.clear_autocast_cache()
 
     def close(self):

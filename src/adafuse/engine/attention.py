@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+CHANGING = frozenset(
+    {"dynamic", "longrope"}
+)  # rotary embeddings whose frequencies depend on the length of the longest sequence
+
 
 def rotary_table(rotary, length: int, dtype: torch.dtype) -> torch.Tensor:
     """cos and sin [2, length, head_dim] of every position, from a HuggingFace rotary module's frequencies and scaling.
 
-    Frequencies that change with the length of a sequence ("dynamic", "longrope") are taken as they are for short ones.
+    Frequencies that change with the length of a sequence are taken as they are for short ones.
     """
-    changing = rotary.rope_type in ("dynamic", "longrope")
-    frequencies = (rotary.original_inv_freq if changing else rotary.inv_freq).float()
+    frequencies = (rotary.original_inv_freq if rotary.rope_type in CHANGING else rotary.inv_freq).float()
     positions = torch.arange(length, device=frequencies.device, dtype=torch.float32)
     angles = (positions[:, None] * frequencies).repeat(1, 2)
     return (torch.stack([angles.cos(), angles.sin()]) * rotary.attention_scaling).to(dtype)

@@ -95,7 +95,7 @@ def read_backbone(model) -> Backbone:
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=attention.head_dim,
-        max_positions=_max_positions(config),
+        max_positions=max_positions(config),
     )
     if 2 * len(found.rotary.inv_freq) != found.head_dim:
         raise ValueError(
@@ -175,9 +175,20 @@ def check_one_device(model):
         )
 
 
-def _max_positions(config) -> int:
-    """Positions that the rotary embedding serves with one set of frequencies. Those of "dynamic" and "longrope" change beyond it."""
-    rope, limit = config.rope_parameters, config.max_position_embeddings
+def ropes_of(config) -> list[dict]:
+    """The parameters of a model's rotary embeddings: one, or one for each kind of attention; none of a model without."""
+    given = getattr(config, "rope_parameters", None) or {}
+    found = [given] if "rope_type" in given else [each for each in given.values() if isinstance(each, dict)]
+    return [rope for rope in found if "rope_type" in rope]
+
+
+def max_positions(config) -> int:
+    """Positions that a model has, and that its rotary embeddings serve with one set of frequencies: some change beyond those."""
+    limit = config.max_position_embeddings
+    return min((_served(rope, limit) for rope in ropes_of(config)), default=limit)
+
+
+def _served(rope, limit) -> int:
     original = rope.get("original_max_position_embeddings") or limit
     if rope["rope_type"] == "longrope":
         return original

@@ -10,29 +10,46 @@ from contextlib import closing
 import torch
 
 from adafuse.engine.backbone import MODEL_TYPES, addresses, base_of, read_backbone
-from adafuse.engine.generic import HfRunner, addresses_of, read_whole
+from adafuse.engine.generic import HfRunner, addresses_of, check_graphs, read_whole
 from adafuse.engine.linears import Gate
 from adafuse.engine.readback import Readback
 from adafuse.engine.record import Record
 from adafuse.engine.requests import Limits, end_ids, read_requests
 from adafuse.engine.runner import Runner
-from adafuse.engine.sampling import Sampler
+from adafuse.engine.sampling import Sampler, is_whole
 from adafuse.engine.sequence import Generation
 from adafuse.execution import check_available
 from adafuse.model import AdaFuseModel
 
 
 class Stream(Iterator[str]):
-    """Pieces of a text as they come. ids: the tokens so far. The engine is free again after the last piece, or close()."""
+    """Pieces of a text as they come. ids: the tokens so far. The engine is free again after the last piece, or close().
 
-    def __init__(self, pieces, sequence):
-        self._pieces, self._sequence = pieces, sequence
+    close() and cancel() may come from another thread than the one that reads; that one then finds the stream at its end.
+    """
+
+    def __init__(self, make_pieces, sequence):
+        self._cancelled, self._running = threading.Event(), threading.RLock()
+        self._pieces, self._sequence = make_pieces(sequence, self._cancelled), sequence
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        with self._running:
+            if self._cancelled.is_set():
+                self.close()
+            return next(self._pieces)
+
+    def cancel(self):
+        """End it behind the token that is being computed. Waits for nothing: the engine is free when its reader has noticed."""
+        self._cancelled.set()
 
     def close(self):
-        self._pieces.close()
+        """End it now: waits for the token that another thread computes, then the engine is free."""
+        self._cancelled.set()
+        with self._running:
+            if (
+                not self._pieces.gi_running
+            ):  # else this is called within a step (by a signal's handler), which will see it
+                self._pieces.close()
 
     @property
     def ids(self) -> list[int]:
@@ -87,6 +104,8 @@ class Engine:
         # A graph is queued before the host has read the token of the one before it.
         self._ahead = 1 if graphs else 0
         self._busy = threading.Lock()
+        # Of the last generation: tokens that nobody has read, and whether the cache may hold numbers that are not finite.
+        self._coming, self._spoilt = deque(), False
 
     def _runs_blocks(self) -> bool:
         """Whether the engine runs the blocks itself; other families by their own forward."""
@@ -99,6 +118,8 @@ class Engine:
         for name, value in (("kernels", self._kernels), ("graphs", graphs)):
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r}: allowed are True, False and None")
+        if graphs and not self._runs_blocks():
+            check_graphs(self._backbone)
         if graphs and not on_gpu:
             raise ValueError(
                 f"graphs=True captures CUDA graphs, and the model is on {self._backbone.device}; move it to a GPU"
@@ -161,16 +182,20 @@ class Engine:
         settings: those of `Sampling`, as in `generate`. Needs a tokenizer. Checked at once; the engine is in use from the first piece until
         the iterator is exhausted or closed.
         """
+        if settings.pop("logprobs", None) is not None or settings.pop("return_routing", False):
+            raise ValueError("stream yields text only; logprobs and return_routing are settings of generate")
         if self.tokenizer is None:
             raise ValueError("stream yields text, and the engine has no tokenizer; pass Engine(..., tokenizer=...)")
         (sequence,) = self._read([prompt], settings, stop, eos_token_id)
-        return Stream(self._pieces(sequence), sequence)
+        return Stream(self._pieces, sequence)
 
-    def _pieces(self, sequence):
+    def _pieces(self, sequence, cancelled):
         with closing(self._run([sequence], Record())) as tokens:
             for (piece,) in tokens:
                 if piece:
                     yield piece
+                if cancelled.is_set():
+                    return
 
     def _read(self, prompts, settings, stop, eos_token_id):
         ends = end_ids(eos_token_id, base_of(self.model), self.tokenizer)
@@ -178,9 +203,7 @@ class Engine:
 
     def _record(self, logprobs, routing):
         count = self._runner.logits.shape[1]
-        if logprobs is not None and (
-            isinstance(logprobs, bool) or not isinstance(logprobs, int) or not 0 <= logprobs <= count
-        ):
+        if logprobs is not None and not (is_whole(logprobs) and 0 <= logprobs <= count):
             raise ValueError(f"logprobs={logprobs!r}: allowed is None or a whole number from 0 to {count}")
         if routing and not self._adapted():
             raise ValueError("return_routing=True: the model has no adapter, or it is disabled, so no token is routed")
@@ -208,13 +231,17 @@ class Engine:
     def _steps(self, sequences, record):
         runner, rows, adapted = self._runner, len(sequences), self._prepare(len(sequences))
         settings, prompts = [each.sampling for each in sequences], [each.prompt for each in sequences]
+        self._clean()
         options = {"ends": sequences[0].ends, "vocab_size": runner.logits.shape[1], "device": runner.logits.device}
         sampler = Sampler(settings, prompts, **options)
         sampler = runner.begin(rows, sampler, adapted=adapted, switcher=self._switcher(), addresses=self._addresses())
+        self._spoilt = True  # until the tokens say that it is not
         for row, prompt in enumerate(prompts):
             runner.prefill(row, prompt, adapted=adapted, routings=record.prompt(row))
         runner.sample(sampler)
-        coming, left = deque([self._fetch(rows, record)]), max(each.max_new_tokens for each in settings) - 1
+        coming, left = self._coming, max(each.max_new_tokens for each in settings) - 1
+        coming.append(self._fetch(rows, record))
+        self._spoilt = False
         runner.start_steps()
         while True:
             while left and len(coming) <= self._ahead:
@@ -222,9 +249,18 @@ class Engine:
                 coming.append(self._fetch(rows, record))
                 left -= 1
             tokens = coming.popleft()()  # here, and nowhere in a step, the host waits for the device
+            self._spoilt |= min(tokens) < 0  # also of a row that has ended, and still writes its last key
             yield [self._append(row, *pair) for row, pair in enumerate(zip(sequences, tokens, strict=True))]
             if all(each.finish_reason for each in sequences):
                 return
+
+    def _clean(self):
+        """Rid the cache of numbers that are not finite, which the generation before may have left: a weight of 0 would not hide them."""
+        unread = [token for fetch in self._coming for token in fetch()]
+        if self._spoilt or min(unread, default=0) < 0:
+            self._runner.forget()
+        self._coming.clear()
+        self._spoilt = False
 
     @torch.no_grad()
     def _fetch(self, rows, record):
@@ -248,7 +284,6 @@ class Engine:
         if sequence.finish_reason:
             return ""
         if token < 0:
-            self._runner.forget()
             raise FloatingPointError(
                 f"the logits of prompt {row} after {len(sequence.ids)} new tokens are NaN or infinite; check the weights, or use bfloat16 "
                 "or float32 instead of float16"

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from adafuse.engine.backbone import Embedded, base_of, check_one_device
+from adafuse.engine.attention import CHANGING
+from adafuse.engine.backbone import Embedded, base_of, check_one_device, max_positions, ropes_of
 from adafuse.engine.runner import Runner
 from adafuse.layers import recording
 from adafuse.model import AdaFuseModel
@@ -44,14 +45,22 @@ def read_whole(model) -> Whole:
         raise ValueError(f"{name} has blocks of type {min(other)}, whose state the engine does not keep: {ADVICE}")
     if "position_ids" not in inspect.signature(type(base).forward).parameters:
         raise ValueError(f"the forward of {name} takes no position_ids, which the engine must give it: {ADVICE}")
-    positions = getattr(config, "max_position_embeddings", None)
-    if not positions:
+    if not getattr(config, "max_position_embeddings", None):
         raise ValueError(
             f"the config of {name} has no max_position_embeddings, so its longest text is unknown: {ADVICE}"
         )
     if base.get_output_embeddings() is None:
         raise ValueError(f"{name} has no head that the engine finds (get_output_embeddings): {ADVICE}")
-    return Whole(base, base.get_input_embeddings(), base.get_output_embeddings(), positions)
+    return Whole(base, base.get_input_embeddings(), base.get_output_embeddings(), max_positions(config))
+
+
+def check_graphs(whole: Whole):
+    """ValueError for a model whose forward no graph can hold."""
+    if changing := {rope["rope_type"] for rope in ropes_of(whole.config)} & CHANGING:
+        raise ValueError(
+            f"the frequencies of the model's rotary embedding ({min(changing)}) change with the length, so that its forward waits for the "
+            "device, which no CUDA graph can hold; pass Engine(..., graphs=False)"
+        )
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 
 from adafuse.data import prompt_ids
-from adafuse.engine.sampling import Sampling
+from adafuse.engine.sampling import Sampling, is_whole
 from adafuse.engine.sequence import Sequence
 from adafuse.engine.text import TextStream
 
@@ -52,7 +52,7 @@ def end_ids(given, base, tokenizer) -> frozenset[int]:
             raise ValueError(
                 f"eos_token_id={wrong[0]!r}: allowed are token ids, whole numbers from 0, one or a list of them"
             )
-        return frozenset(several)
+        return frozenset(map(int, several))
     configured = base.generation_config.eos_token_id
     configured = configured if isinstance(configured, (list, tuple)) else [configured]
     return frozenset({*configured, tokenizer.eos_token_id if tokenizer is not None else None} - {None})
@@ -74,6 +74,10 @@ def _ids(prompt, number, tokenizer, vocab_size) -> list[int]:
             raise ValueError(
                 f"prompt {number} is a string and the engine has no tokenizer; pass Engine(..., tokenizer=...) or token ids"
             )
+        if not prompt and not _begins(tokenizer):
+            raise ValueError(
+                f"prompt {number} is empty, and the tokenizer puts no BOS in front of a text; it needs one token or more to continue from"
+            )
         prompt = prompt_ids(tokenizer, prompt)
     ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     if not isinstance(ids, (list, tuple)):
@@ -84,11 +88,16 @@ def _ids(prompt, number, tokenizer, vocab_size) -> list[int]:
         raise ValueError(
             f"prompt {number} has the token id {wrong[0]!r}; allowed are whole numbers from 0 to {vocab_size - 1}"
         )
-    return list(ids)
+    return [int(each) for each in ids]
+
+
+def _begins(tokenizer) -> bool:
+    """Whether the tokenizer puts a BOS in front of every text: an empty one can be continued from it."""
+    return tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
 
 
 def _is_id(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return is_whole(value) and value >= 0
 
 
 def _check_length(ids, sampling, number, positions):

@@ -28,6 +28,7 @@ class Runner:
     ):  # fmt: skip
         self.backbone, self.gate, self.chunk, self.kernels = backbone, gate, min(chunk, max_seq_len), kernels
         self.length = -(-max_seq_len // self.chunk) * self.chunk
+        self._last = max_seq_len - 1  # position
         dtype, device = backbone.dtype, backbone.device
         self.tokens, self.picked, self.positions, self.advance = torch.zeros(
             4, max_batch, dtype=torch.int64, device=device
@@ -35,7 +36,7 @@ class Runner:
         self._part = torch.zeros(2, 1, self.chunk, dtype=torch.int64, device=device)  # tokens and positions of a chunk
         self.logits = torch.zeros(max_batch, backbone.head.out_features, dtype=dtype, device=device)
         self._make_cache(max_batch)
-        self._max_seq_len, self._steps, self._samplers = max_seq_len, {}, {}
+        self._steps, self._samplers = {}, {}
         self._graphs = Graphs(device) if graphs else None
         self._state, self._switcher = None, None
 
@@ -91,7 +92,7 @@ class Runner:
             if plain:
                 kept = Sampler([Sampling()] * padded, [], ends=(), vocab_size=count, device=device)
             else:
-                kept = Sampler.room(padded, self._max_seq_len, count, device)
+                kept = Sampler.room(padded, self._last + 1, count, device)
             self._samplers[padded, plain] = kept
         return self._samplers[padded, plain]
 
@@ -123,6 +124,7 @@ class Runner:
             tokens, positions = self._part[:, :, :size]
             tokens.copy_(torch.tensor([part + part[-1:] * (size - len(part))]))
             torch.arange(start, start + size, out=positions[0])
+            positions.clamp_(max=self._last)  # beyond it a rotary embedding may have other frequencies, for all
             # Logits of the chunk's last token; those of the last chunk count.
             last = len(part) - 1
             self.logits[row].copy_(self._forward(tokens, positions, row, start + size, adapted, last))
@@ -172,7 +174,7 @@ class Runner:
         step = self._kernel_step(rows, adapted)
         step.run(tokens, positions, pdl=pdl)
         if sampler is not None and sampler.plain:
-            moves = {"positions": positions, "advance": self.advance[:rows], "last": self.length - 1}
+            moves = {"positions": positions, "advance": self.advance[:rows], "last": self._last}
             step.pick(self.picked[:rows], tokens, **moves, pdl=pdl)
             return
         self._advance(positions)
@@ -190,15 +192,15 @@ class Runner:
         return self._steps[name]
 
     def _advance(self, positions):
-        """A row that has ended may be a step ahead of what the host knows: it stays within the cache."""
-        positions.add_(self.advance[: len(positions)]).clamp_(max=self.length - 1)
+        """A row that has ended may be a step ahead of what the host knows: it stays within what the engine serves."""
+        positions.add_(self.advance[: len(positions)]).clamp_(max=self._last)
 
     def halt(self, row: int):
         """The sequence of a row has ended: further steps leave it where it is."""
         self.advance[row] = 0
 
     def forget(self):
-        """Clear the cache: of numbers that are not finite a later sequence would not be rid otherwise."""
+        """Clear the cache, of all rows."""
         self.cache.zero_()
 
     def _forward(self, tokens, positions, row, length, adapted, last=None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 
@@ -31,14 +32,13 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self):
-        _check_int("max_new_tokens", self.max_new_tokens, 1)
-        _check_int("min_new_tokens", self.min_new_tokens, 0)
-        _check_int("top_k", self.top_k, 0)
-        _check_number("temperature", self.temperature, "0 or more", lambda t: t >= 0)
-        _check_number("top_p", self.top_p, "above 0 and up to 1", lambda p: 0 < p <= 1)
-        _check_number("repetition_penalty", self.repetition_penalty, "above 0", lambda p: p > 0)
+        for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("top_k", 0)):
+            self._take_int(name, least)
+        self._take_number("temperature", "0 or more", lambda t: t >= 0)
+        self._take_number("top_p", "above 0 and up to 1", lambda p: 0 < p <= 1)
+        self._take_number("repetition_penalty", "above 0", lambda p: p > 0)
         if self.seed is not None:
-            _check_int("seed", self.seed, 0)
+            self._take_int("seed", 0)
             if self.seed > MAX_SEED:
                 raise ValueError(f"seed={self.seed} is too large; allowed: 0 to {MAX_SEED}")
         if self.min_new_tokens > self.max_new_tokens:
@@ -50,6 +50,19 @@ class Sampling:
                 f"temperature=0 takes the likeliest token, so top_k={self.top_k} and top_p={self.top_p} would mean nothing; set a "
                 "temperature above 0, or leave them out"
             )
+
+    def _take_int(self, name, least):
+        """Check a setting, and keep it as Python's own kind of number (NumPy's are taken too)."""
+        value = getattr(self, name)
+        if not is_whole(value) or value < least:
+            raise ValueError(f"{name}={value!r}: allowed is a whole number, {least} or more")
+        object.__setattr__(self, name, int(value))
+
+    def _take_number(self, name, allowed, holds):
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not holds(value):
+            raise ValueError(f"{name}={value!r}: allowed is a number {allowed}")
+        object.__setattr__(self, name, float(value))
 
 
 class Sampler:
@@ -172,11 +185,6 @@ def _draw(settings):
     return rows
 
 
-def _check_int(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: allowed is a whole number, {least} or more")
-
-
-def _check_number(name, value, allowed, holds):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not holds(value):
-        raise ValueError(f"{name}={value!r}: allowed is a number {allowed}")
+def is_whole(value) -> bool:
+    """Whether it is a whole number, of Python's or NumPy's; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
