@@ -316,7 +316,7 @@ def test_kernels_start_early_only_where_the_gpu_has_it(monkeypatch, capability, 
     step = SimpleNamespace(
         run=lambda *_, pdl: asked.append(("run", pdl)), pick=lambda *_, pdl, **__: asked.append(("pick", pdl))
     )
-    runner = SimpleNamespace(_kernel_step=lambda *_: step, picked=[0], advance=[1], length=8)
+    runner = SimpleNamespace(_kernel_step=lambda *_: step, picked=[0], advance=[1], _last=7)
     tokens = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
     Runner._step_on_kernels(runner, 1, True, SimpleNamespace(plain=True), tokens, tokens)
     assert asked == [("run", early), ("pick", early)]

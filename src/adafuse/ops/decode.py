@@ -331,7 +331,10 @@ def _expanded(tile, bits, h, j, J: tl.constexpr, BLOCK_J: tl.constexpr):
     """tile [BLOCK_J, BLOCK_O] times h [J], as soon as it is there: [1, BLOCK_O]. bits: the first look at h."""
     hs = _once_written(bits, h + j, j < J)
     hs = tl.sum(hs.reshape(j.shape[0] // BLOCK_J, BLOCK_J), 0)
-    return tl.sum(tile.to(tl.float32) * hs[:, None], 0)[None, :]
+    # An fma, which cannot be merged with the sum's first addition: of two threads that add each other's product, each would round the
+    # other's only, and several copies of an element would differ in the last bit.
+    products = tl.fma(tile.to(tl.float32), tl.broadcast_to(hs[:, None], tile.shape), tl.zeros(tile.shape, tl.float32))
+    return tl.sum(products, 0)[None, :]
 
 
 @triton.jit(do_not_specialize=["zero", "seconds"])
