@@ -166,4 +166,7 @@ def test_both_executions_of_a_forward_are_timed(right):
         "forward/backbone": 2,
         "forward/reference": 4,
         "forward/fused": 4,
+        "host/backbone": 2,
+        "host/reference": 4,
+        "host/fused": 4,
     }
