@@ -121,8 +121,9 @@ def sweep_batch(sweep, model, tokens):
         batch = Batch(stack, num_experts=8, r=r, top_k=2)
         for name, variants in BATCH.items():
             for given in variants:
-                run = partial(batch.forms()[name], **given)
-                sweep.time(f"{name}_r{r}", given, run, base, stack.prepare, repeats, batch.error)
+                sweep.time(
+                    f"{name}_r{r}", given, partial(batch.run, name, **given), base, stack.prepare, repeats, batch.error
+                )
         del batch
         free()
 

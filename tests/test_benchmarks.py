@@ -161,6 +161,35 @@ def test_the_chart_and_the_table_show_parts_or_say_that_there_are_none(tmp_path)
     assert (tmp_path / "latency.svg").stat().st_size > 10_000
 
 
+def test_vllm_for_a_machine_without_network_leaves_out_what_is_there(tmp_path):
+    import zipfile
+
+    import vllm_offline
+
+    wheel = tmp_path / "vllm-1-py3-none-any.whl"
+    metadata = (
+        "Requires-Dist: mcp>=1\nRequires-Dist: six; python_version < '3'\nRequires-Dist: pillow; extra == 'image'\n"
+    )
+    names = ("vllm/a.py", "vllm/_moe_C.abi3.so", "vllm/third_party/b.hpp", vllm_offline.KERNELS[0], "other/c.so")
+    with zipfile.ZipFile(wheel, "w") as files:
+        for name in names:
+            files.writestr(name, "")
+        files.writestr("vllm-1.dist-info/METADATA", metadata)
+    assert [str(each) for each in vllm_offline.needs(wheel, ())] == ["mcp>=1"]
+    assert len(list(vllm_offline.needs(wheel, ("image",)))) == 2
+    vllm_offline.unpack(wheel, tmp_path / "site")
+    found = {str(path.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("*") if path.is_file()}
+    assert found == {"vllm/a.py", vllm_offline.KERNELS[0], "other/c.so", "vllm-1.dist-info/METADATA"}
+    for name, left_out in (
+        ("torch", True),
+        ("torchaudio", True),
+        ("nvidia-cutlass-dsl", True),
+        ("msgspec", False),
+        ("rayon", False),
+    ):
+        assert bool(vllm_offline.SKIPPED.fullmatch(vllm_offline.name_of(name))) == left_out
+
+
 def test_the_bound_of_a_served_step_is_that_of_its_bytes():
     import serve
 

@@ -270,6 +270,15 @@ def test_explain_execution_counts_the_forms(capsys):
     assert "-> reference" in llama.explain_execution(tokens=3)
 
 
+def test_a_cast_is_seen_by_the_estimate():
+    model = attached("llama")
+    layers = model._gate.layers(torch.bfloat16)
+    assert not any(layer.plain for layer in layers), "the base is fp32"
+    model.to(torch.bfloat16)
+    assert model._gate._layers == {}
+    assert all(layer.plain for layer in model._gate.layers(torch.bfloat16))
+
+
 def test_explain_execution_of_linears_that_take_different_forms():
     part = {p.form: p.linears for p in costs(LINEARS, mixture(16), 1024, 2)[0].parts}
     assert sum(part.values()) == len(LINEARS)

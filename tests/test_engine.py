@@ -339,6 +339,34 @@ def test_logits_that_are_no_numbers_are_reported_and_do_not_stay():
     assert one.generate([ids], max_new_tokens=20) == wanted
 
 
+def test_an_interrupt_while_a_token_is_read_hides_no_spoilt_cache(monkeypatch):
+    model, ids = bare(), prompt(20)
+    one = engine(model)
+    wanted = one.generate([ids], max_new_tokens=5)
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    kept = weight.data.clone()
+    weight.data.fill_(torch.nan)
+    fetch, calls = one._fetch, []
+
+    def interrupted(*given):
+        read = fetch(*given)
+
+        def wait():
+            calls.append(1)
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+            return read()
+
+        return wait
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one, "_fetch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one.generate([prompt(30)], max_new_tokens=5)
+    weight.data.copy_(kept)
+    assert one.generate([ids], max_new_tokens=5) == wanted
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_row_that_has_ended_spoils_nothing_for_the_next(ahead):
     """Its last token, whose embedding is no number, is run once more while the other row goes on, or in a step that is thrown away."""

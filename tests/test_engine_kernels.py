@@ -241,6 +241,29 @@ def test_an_interrupt_within_a_switch_of_huggingfaces_forward(monkeypatch, sourc
         assert torch.equal(model(input_ids=tokens[0]).logits, wanted)
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*in_place")
+@pytest.mark.parametrize("where", ["engine", "huggingface"])
+def test_a_switch_that_is_refused_leaves_the_weights_known(monkeypatch, where):
+    """Before the first launch nothing is written: a GPU without room for the kernel must not cost the model."""
+    model, ids = a_model("llama", "shared"), prompt(9)
+    before = {name: tensor.clone() for name, tensor in model.get_base_model().state_dict().items()}
+    model.switch_source = "in_place"
+    model.execution = "switch"
+    one = engine(model, max_batch=1, graphs=False)
+
+    def refused(*_, **__):
+        raise RuntimeError("out of resources")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels if where == "engine" else switching, "switch", refused)
+        with pytest.raises(RuntimeError, match="out of resources"):
+            one.generate([ids], 3) if where == "engine" else model(input_ids=torch.tensor([[3]], device=DEVICE))
+    model.execution = "auto"
+    for name, tensor in model.get_base_model().state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
 def test_several_prompts_cannot_be_switched():
     model = a_model("llama", "model")
     model.execution = "switch"

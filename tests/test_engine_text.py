@@ -223,6 +223,23 @@ def test_a_stream_can_be_ended_from_another_thread(engine, monkeypatch, method):
     assert engine.generate(["one "], max_new_tokens=40)[0] == wanted
 
 
+def test_a_stream_that_is_closed_within_a_step_frees_the_engine(engine, monkeypatch):
+    """As a signal's handler may do it, in the thread that reads."""
+    step = engine._runner.step
+
+    def closing(*given, **options):
+        stream.close()
+        return step(*given, **options)
+
+    stream = engine.stream("to be", max_new_tokens=40)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "step", closing)
+        next(stream)
+    assert engine.generate(["one "], max_new_tokens=5)[0].ids
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
 def test_a_stream_that_was_cancelled_between_pieces_is_at_its_end(engine):
     stream = engine.stream("to be", max_new_tokens=40)
     next(stream)

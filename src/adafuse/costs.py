@@ -23,20 +23,18 @@ MANY_TOKENS = 512  # from here on again
 READ_SHARE, FLOPS_SHARE = 0.954, 0.654  # of the peaks, by reading and by the vendor's bf16 matmul
 LAUNCH = 2e-6  # seconds from one kernel that fills the device to the next
 SMALL = 4e-6  # of a kernel that does not, from its start to the next one's: it fills and drains
-# Shares of a device's rates that are reached: of bytes by the vendor's matmul with few tokens, by ops/crowd.py, by kernels on
-# activations, and by those that multiply nothing meanwhile; of FLOPs by ops/matmul.py beside the vendor's, and by ops/batch.py.
-# ops/decode.py reaches all bytes with one token; as it multiplies without tensor cores, every further one adds so much of that time,
-# without and with adapters.
-VENDOR, CROWD, ACTIVATIONS, LATE, MATMUL, TILES, DENSE, DECODE_MORE = (
-    0.84,
-    0.82,
-    0.7,
-    0.77,
-    0.99,
-    0.7,
-    0.7,
-    (0.18, 0.33),
-)
+# Shares of a device's rate of reading that are reached
+VENDOR = 0.84  # by the vendor's matmul with few tokens
+CROWD = 0.82  # by ops/crowd.py
+ACTIVATIONS = 0.7  # by kernels on activations
+LATE = 0.77  # while a kernel multiplies nothing
+# and of its FLOPs
+MATMUL = 0.99  # by ops/matmul.py, of what the vendor's reaches
+TILES = 0.7  # by ops/batch.py
+DENSE = 0.7  # by the vendor's matmuls over the ranks of all experts
+# ops/decode.py reads at full rate with one token. It multiplies without tensor cores: each further token adds so much of that time, without
+# and with adapters.
+DECODE_MORE = (0.18, 0.33)
 # FLOPs of bf16 matmuls, a clock and multiprocessor, by compute capability: what NVIDIA states (fp32 sums, no sparsity).
 TENSOR_FLOPS = {
     (7, 5): 1024,
@@ -283,14 +281,14 @@ def _beside(step, layer):
     return [step.base(layer), *_own_output(step, layer), shrink, expand]
 
 
-def _beside_tiles(step, layer):
-    base, *experts = _tiles(step, layer)
-    return [base, *_own_output(step, layer), *experts]
+def _with_own_output(form):
+    """A form whose base answers into memory that is not ours."""
 
+    def kernels(step, layer):
+        base, *experts = form(step, layer)
+        return [base, *_own_output(step, layer), *experts]
 
-def _beside_gated(step, layer):
-    base, *experts = _gated(step, layer)
-    return [base, *_own_output(step, layer), *experts]
+    return kernels
 
 
 def _many(step, layer):
@@ -336,12 +334,12 @@ FORMS = {
     "beside_gated": Form(
         "the base as it is, the matmul of all A, then the chosen experts",
         _some_on_16_bytes,
-        _beside_gated,
+        _with_own_output(_gated),
         host=5e-4,  # a guess
         plain=False,
     ),
     "beside_tiles": Form(
-        "the base as it is, then the experts of sorted tokens", _some, _beside_tiles, host=6.6e-4, plain=False  # a guess
+        "the base as it is, then the experts of sorted tokens", _some, _with_own_output(_tiles), host=6.6e-4, plain=False  # a guess
     ),
 }  # fmt: skip
 REFERENCE_HOST = 2e-4

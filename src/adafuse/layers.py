@@ -140,6 +140,10 @@ class PreGate:
         found = self._layers[dtype, self.router.training] = tuple(as_layer(linear, dtype) for linear in self.linears)
         return found
 
+    def forget_layers(self):
+        """The linears have moved to another device or dtype."""
+        self._layers.clear()
+
     def _base_alone(self):
         if self.switcher is not None:
             self.switcher.restore()

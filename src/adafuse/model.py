@@ -140,6 +140,7 @@ class AdaFuseModel(AttachedModel):
 
     def _apply(self, *args, **kwargs):
         """Moving and casting (`to`, `cuda`, `half`, ...)."""
+        self._gate.forget_layers()
         with self._weights_at_rest():
             return super()._apply(*args, **kwargs)
 

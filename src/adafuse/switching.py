@@ -114,15 +114,11 @@ class Switcher:
         experts, weights = self.new
         experts.copy_(routing.experts[0, 0])
         torch.mul(routing.weights[0, 0], self.config.scale, out=weights)
-        with self.writing():
+        old = self.old if self.merged else None
+        with self.writing() as written:
             for table in self.tables:
-                switch(
-                    table,
-                    experts,
-                    weights,
-                    old=self.old if self.merged else None,
-                    shared_scale=self.config.shared_scale,
-                )
+                switch(table, experts, weights, old=old, shared_scale=self.config.shared_scale)
+                written.append(table)
             for old, new in zip(self.old, self.new, strict=True):
                 old.copy_(new)
             self.merged = True
@@ -130,9 +126,13 @@ class Switcher:
 
     @contextmanager
     def writing(self):
-        """Around what writes weights, and says so in `old` and `merged`."""
-        self.known = False
-        yield
+        """Around what writes weights, and says so in `old` and `merged`. Yields a list, for what has been written."""
+        self.known, written = False, []
+        try:
+            yield written
+        except Exception:  # a launch was refused; an interrupt would not tell what was launched
+            self.known = not written
+            raise
         self.known = True
 
     @torch.compiler.disable
@@ -149,14 +149,16 @@ class Switcher:
                 "a switch of the weights in place was interrupted, so the base's weights are unknown; load the base and the adapter "
                 'again (with switch_source="pristine" the copy would have served)'
             )
-        with self.writing():
+        with self.writing() as written:
             if self.in_place:
                 experts, weights = self.old
                 for table in self.tables:
                     switch(table, experts, -weights, shared_scale=-self.config.shared_scale)
+                    written.append(table)
             else:
                 for weight, copy in zip(self.weights, self.copies, strict=True):
                     weight.copy_(copy)
+                    written.append(weight)
             self.merged = False
         torch.clear_autocast_cache()
 

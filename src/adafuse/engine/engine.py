@@ -36,7 +36,10 @@ class Stream(Iterator[str]):
         with self._running:
             if self._cancelled.is_set():
                 self.close()
-            return next(self._pieces)
+            piece = next(self._pieces)
+            if self._cancelled.is_set():  # meanwhile
+                self.close()
+            return piece
 
     def cancel(self):
         """End it behind the token that is being computed. Waits for nothing: the engine is free when its reader has noticed."""
@@ -248,7 +251,8 @@ class Engine:
                 runner.step(rows, adapted=adapted, sampler=sampler, routings=record.steps)
                 coming.append(self._fetch(rows, record))
                 left -= 1
-            tokens = coming.popleft()()  # here, and nowhere in a step, the host waits for the device
+            tokens = coming[0]()  # here, and nowhere in a step, the host waits for the device
+            coming.popleft()  # after the wait, for who interrupts it: `_clean` still looks at these
             self._spoilt |= min(tokens) < 0  # also of a row that has ended, and still writes its last key
             yield [self._append(row, *pair) for row, pair in enumerate(zip(sequences, tokens, strict=True))]
             if all(each.finish_reason for each in sequences):

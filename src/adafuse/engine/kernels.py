@@ -159,9 +159,10 @@ class Step:
 def merge(switcher, plan):
     """Switch the weights to the plan's one token, on top of a routing that they hold. No host sync."""
     experts, weights = plan.experts[:, 0], plan.weights[:, 0]
-    with switcher.writing():
+    with switcher.writing() as written:
         for table in switcher.tables:
             switch(table, experts, weights, old=switcher.old, shared_scale=switcher.config.shared_scale)
+            written.append(table)
         for old, new in zip(switcher.old, (experts, weights), strict=True):
             old.copy_(new)
 
@@ -172,9 +173,10 @@ def begin_merging(switcher):
     experts, weights = switcher.old
     experts.copy_(torch.arange(experts.shape[1], dtype=experts.dtype, device=experts.device).expand_as(experts))
     weights.zero_()
-    with switcher.writing():
+    with switcher.writing() as written:
         for table in switcher.tables:
             switch(table, experts, weights, shared_scale=switcher.config.shared_scale)
+            written.append(table)
         switcher.merged = True
 
 

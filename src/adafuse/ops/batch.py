@@ -7,7 +7,7 @@ expert's. mask[t] holds each rank's weight for token t, 0 where the token did no
 
 `layout` sorts the tokens once per step, cuts them into tiles of `block_t` and the ranks into blocks of `block_r`. A (tile, block) pair
 that no token of the tile needs is neither computed, read nor written. Few large experts, many tiny ones (a block holds several) and
-small batches (every block is needed: the dense form) are all this one case.
+small batches (every block is needed) are all this one case.
 
 `shrink_tiles` (x -> h) and `expand_tiles` (h -> y) run it for each adapted linear, or in one launch for a group of linears that read the
 same x. Each has its plain PyTorch form beside it.

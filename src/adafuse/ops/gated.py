@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from adafuse.ops.appended import whole
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import cdiv, dot, launch_options, next_power_of_2
+from adafuse.ops.launch import cdiv, dot, next_power_of_2
 from adafuse.ops.layout import ROUTING, Tiles
 from adafuse.ops.matmul import MOST_LINEARS, readable
 
@@ -91,14 +91,11 @@ def _gated(h_tile, gate_row, first, R: tl.constexpr, E: tl.constexpr, RANK: tl.c
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=ROUTING)
 def _expand_gated_kernel(
     y, h, b0, b1, b2, out, order, gates, counts, blocks, T, stride_y, stride_h, stride_out,
-    widths: tl.constexpr, R: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, NUM_BLOCKS: tl.constexpr, PDL: tl.constexpr,
+    widths: tl.constexpr, R: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, LISTED: tl.constexpr,
     STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of columns, of all linears in turn; tiles of tokens). EARLY: y is asked for before the sum over the ranks."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     if len(widths) == 1:
         b = (b0,)
     elif len(widths) == 2:
@@ -137,9 +134,7 @@ def _expand_gated_kernel(
 # --- launcher -------------------------------------------------------------------------------------------------------------
 
 
-def expand_gated(
-    y, h, b, tiles: Tiles, out=None, *, pdl=False, block_o=None, num_warps=None, num_stages=None, early=None
-):
+def expand_gated(y, h, b, tiles: Tiles, out=None, *, block_o=None, num_warps=None, num_stages=None, early=None):
     """out[t, column(m) + o] = y[t, column(m) + o] + sum_rank mask[t, rank] h[t, m R + rank] b_m[rank, o].
 
     y [T, O_1 + ... + O_M] and h [T, M R], not masked, tokens in their own order, may be columns of one product (rows lie apart);
@@ -162,7 +157,7 @@ def expand_gated(
             y.stride(0), h.stride(0), out.stride(0),
             widths=widths, R=tiles.rank, E=tiles.num_experts, RANK=tiles.r, NUM_BLOCKS=tiles.num_blocks,
             BLOCK_T=tiles.block_t, BLOCK_R=tiles.block_r, BLOCK_O=block_o, LISTED=next_power_of_2(tiles.num_blocks),
-            STAGES=num_stages, EARLY=early, **launch_options(pdl), num_warps=num_warps, num_stages=num_stages,
+            STAGES=num_stages, EARLY=early, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     return out
 

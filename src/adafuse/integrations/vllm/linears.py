@@ -152,7 +152,10 @@ def adapt(layer: LinearBase, found: list[Piece], tensors: dict, step: Step, deci
     ...).
     """
     shards = [_shard(tensors[piece.place], piece) for piece in found]
-    a, b = ([part.to(step.device, step.h0.dtype).contiguous() for part in parts] for parts in zip(*shards, strict=True))
+    a, b = (
+        [part.to(step.device, step.h0.dtype, copy=True).contiguous() for part in parts]
+        for parts in zip(*shards, strict=True)
+    )
     group = _group(layer, found, step)
     a = append(a[0], a[1:]) if group is None else _append(layer, a)
     names = [

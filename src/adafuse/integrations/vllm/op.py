@@ -3,7 +3,7 @@
     y[t, columns of m] += sum_j scale(t, j) * B_m[row(t, j)] (A_m[row(t, j)] x[t])    for each linear m that reads x
 
 `torch.ops.adafuse.add_delta` adds this to what the base made; on a CUDA device by the kernels of `ops.decode` for few
-tokens and of `ops.batch` beyond. `adapted_linear` makes y = W x and adds it, for weights that our kernels can read;
+tokens, of `ops.gated` and `ops.batch` beyond. `adapted_linear` makes y = W x and adds it, for weights that our kernels can read;
 on a CUDA device by those of `fused`. Elsewhere both have a dense form in plain PyTorch. The routing comes in the
 buffers of a `Step`, which stay where they are, so that a CUDA graph can hold the operations.
 """
@@ -17,8 +17,8 @@ import torch
 
 from adafuse.costs import CROWD_TOKENS, FEW_TOKENS, Layer, fused_form
 
-# Up to here `ops.crowd` may read all experts, of the base's weights: with 0.17 it took 0.86 of the time of "tiles" (32 tokens of
-# Llama-2-7B, r 64, docs/kernels.md), which take 1.3 to 1.5 times that of the base.
+# Up to here `ops.crowd` may read all experts, of the base's weights: with 0.17 it took 0.83 of the time of "tiles" and 0.92 of that of
+# "gated" (32 tokens of Llama-2-7B, r 64, docs/kernels.md).
 CROWD_READS = 0.25
 FORMS = ("decode", "crowd", "gated", "tiles", "matmul")  # of `costs.FORMS`
 _library = torch.library.Library("adafuse", "FRAGMENT")

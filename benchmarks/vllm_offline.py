@@ -1,0 +1,108 @@
+"""vLLM for a machine that has PyTorch and a GPU but no network, in files small enough to be carried there.
+
+    python benchmarks/vllm_offline.py --out vllm-parts                      # here
+    cat vllm-parts/part-* | tar -x --xz -C site && export PYTHONPATH=site   # there
+
+What serving a dense model in 16 bits needs: vLLM's Python files, its kernels, FlashAttention 3, and the packages that it imports. Left
+out are the kernels of mixtures of experts, of other attention, and what an image with PyTorch and transformers has already (SKIPPED).
+On the machine set VLLM_USE_FLASHINFER_SAMPLER=0.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+PYTHON = "3.12"
+PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (39, 35, 34, 31, 28, 27, 24, 17)] + ["manylinux2014_x86_64"]
+KERNELS = ("vllm/_C_stable_libtorch.abi3.so", "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so")
+# There already, or not needed: other backends of attention and sampling, video, speculative decoding, builds.
+SKIPPED = re.compile(
+    "torch.*|numpy|triton|transformers|tokenizers|safetensors|huggingface[-_]hub|sentencepiece|tiktoken|regex|requests|tqdm|psutil|pillow|"
+    "pyyaml|sympy|networkx|jinja2|setuptools|ninja|einops|numba|llvmlite|opencv.*|flashinfer.*|apache-tvm-ffi|tilelang|nvidia-.*|"
+    "cuda-.*|fastsafetensors|quack-kernels|tokenspeed-mla|humming-kernels.*|ray|accelerate|peft|datasets|pandas|scipy"
+)
+TARGET = {
+    "python_version": PYTHON,
+    "python_full_version": f"{PYTHON}.0",
+    "sys_platform": "linux",
+    "platform_machine": "x86_64",
+}
+
+
+def download(requirements, folder):
+    """The newest wheels of the target that fit, without what they need."""
+    where = ["--python-version", PYTHON, "--only-binary=:all:", *(f"--platform={name}" for name in PLATFORMS)]
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, *where, *requirements]
+    subprocess.run(command, check=True)
+
+
+def needs(wheel, extras):
+    """The requirements of a wheel on the target, of those extras too."""
+    with zipfile.ZipFile(wheel) as files:
+        (name,) = [name for name in files.namelist() if name.endswith(".dist-info/METADATA")]
+        found = Parser().parsestr(files.read(name).decode()).get_all("Requires-Dist", [])
+    for requirement in map(Requirement, found):
+        marker = requirement.marker
+        if marker is None or any(marker.evaluate({**TARGET, "extra": extra}) for extra in ("", *extras)):
+            yield requirement
+
+
+def collect(version, folder):
+    """vLLM's wheel, and those of all that it needs and the target lacks, level by level: what vLLM pins comes first."""
+    level, known = [Requirement(f"vllm=={version}")], {"vllm"}
+    while level:
+        before = set(folder.glob("*.whl"))
+        download([f"{each.name}{each.specifier}" for each in level], folder)
+        extras = {name_of(each.name): each.extras for each in level}
+        level = []
+        for wheel in sorted(set(folder.glob("*.whl")) - before):
+            for requirement in needs(wheel, extras.get(name_of(wheel.name.split("-")[0]), ())):
+                name = name_of(requirement.name)
+                if name not in known and not SKIPPED.fullmatch(name):
+                    known.add(name)
+                    level.append(requirement)
+    return sorted(folder.glob("*.whl"))
+
+
+def name_of(package):
+    return re.sub("[-_.]+", "-", package).lower()
+
+
+def unpack(wheel, site):
+    with zipfile.ZipFile(wheel) as files:
+        for name in files.namelist():
+            compiled = name.startswith("vllm/") and (".so" in name or "/third_party/" in name or name == "vllm/vllm-rs")
+            if name in KERNELS or not compiled:
+                files.extract(name, site)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", default="0.24.0", help="of vLLM")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the parts")
+    parser.add_argument("--part", type=int, default=60, help="MiB of a part, at most")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        wheels, site, archive = (Path(scratch) / name for name in ("wheels", "site", "site.tar.xz"))
+        wheels.mkdir()
+        for wheel in collect(args.version, wheels):
+            unpack(wheel, site)
+        with tarfile.open(archive, "w:xz", preset=6) as packed:
+            for path in sorted(site.iterdir()):
+                packed.add(path, path.name)
+        subprocess.run(["split", "-b", f"{args.part}M", "-d", archive, args.out / "part-"], check=True)
+    for part in sorted(args.out.glob("part-*")):
+        print(f"{part} {part.stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
