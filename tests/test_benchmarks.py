@@ -161,6 +161,33 @@ def test_the_chart_and_the_table_show_parts_or_say_that_there_are_none(tmp_path)
     assert (tmp_path / "latency.svg").stat().st_size > 10_000
 
 
+def test_served_models_are_read_and_sized(tmp_path, monkeypatch):
+    import serve_models
+    from whole_models import TINY
+
+    from adafuse import checkpoint
+
+    monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
+    options = serve_models.parse(
+        ["--model", "tiny", "--r", "4", "--in-flight", "1", "8", "--out", "x", "--vllm=--enforce-eager"]
+    )
+    options.device = "cpu"
+    serve_models.make_models("tiny", options.r, tmp_path, loras=True, device="cpu")
+    assert checkpoint.read_description(tmp_path / "r4")["base_model_name_or_path"] == str(tmp_path / "base")
+    commands = serve_models.commands(options, tmp_path, 4)
+    assert {label: len(names) for label, (_, names) in commands.items()} == {"backbone": 1, "ours": 1, "multilora": 8}
+    for command, _ in commands.values():
+        assert "--enforce-eager" in command
+        paths = [word.rpartition("=")[2] for word in command if str(tmp_path) in word]
+        assert paths
+        assert all(Path(path, "config.json").exists() or Path(path, "adapter_config.json").exists() for path in paths)
+    # A block: q and o 32 x 32, k and v 16 x 32, gate, up and down 48 x 32; keys and values of two heads of 8, for 8 of 256 + 128 + 16.
+    weights = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32) + 97 * 32
+    assert serve_models.step_bytes("tiny", 4)["backbone"] == 2 * weights
+    assert serve_models.step_bytes("tiny", 4)["expert"] == 2 * 4 * 2 * (2 * 64 + 2 * 48 + 3 * 80)
+    assert serve_models.kv_bytes(options) == int(1.1 * 2 * (2 * 2 * 2 * 8) * 8 * 400)
+
+
 def test_vllm_for_a_machine_without_network_leaves_out_what_is_there(tmp_path):
     import zipfile
 
