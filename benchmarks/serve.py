@@ -160,6 +160,8 @@ def measure(options):
                 load = asyncio.run(run(url or options.url, asked, in_flight=in_flight))
                 for error in load.errors[:3]:
                     print(f"{model}: {error}")
+                if not load.tokens:
+                    raise SystemExit(f"{model}: none of {len(asked)} requests was answered: {load.errors[0]}")
                 if turn:
                     found.setdefault((name, in_flight), []).append(load.metrics())
         record.write(options.out, [row for key in found for row in _rows(found, key, options)])

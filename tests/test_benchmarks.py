@@ -161,13 +161,11 @@ def test_the_chart_and_the_table_show_parts_or_say_that_there_are_none(tmp_path)
     assert (tmp_path / "latency.svg").stat().st_size > 10_000
 
 
-def test_served_models_are_read_and_sized(tmp_path, monkeypatch):
+def test_served_models_are_read_and_sized(tmp_path):
     import serve_models
-    from whole_models import TINY
 
     from adafuse import checkpoint
 
-    monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
     options = serve_models.parse(
         ["--model", "tiny", "--r", "4", "--in-flight", "1", "8", "--out", "x", "--vllm=--enforce-eager"]
     )
@@ -181,11 +179,11 @@ def test_served_models_are_read_and_sized(tmp_path, monkeypatch):
         paths = [word.rpartition("=")[2] for word in command if str(tmp_path) in word]
         assert paths
         assert all(Path(path, "config.json").exists() or Path(path, "adapter_config.json").exists() for path in paths)
-    # A block: q and o 32 x 32, k and v 16 x 32, gate, up and down 48 x 32; keys and values of two heads of 8, for 8 of 256 + 128 + 16.
-    weights = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32) + 97 * 32
+    # A block: q and o 128 x 128, k and v 64 x 128, gate, up and down 48 x 128; keys and values of two heads of 32, for 8 of 256 + 128 + 16.
+    weights = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 48 * 128) + 97 * 128
     assert serve_models.step_bytes("tiny", 4)["backbone"] == 2 * weights
-    assert serve_models.step_bytes("tiny", 4)["expert"] == 2 * 4 * 2 * (2 * 64 + 2 * 48 + 3 * 80)
-    assert serve_models.kv_bytes(options) == int(1.1 * 2 * (2 * 2 * 2 * 8) * 8 * 400)
+    assert serve_models.step_bytes("tiny", 4)["expert"] == 2 * 4 * 2 * (2 * 256 + 2 * 192 + 3 * 176)
+    assert serve_models.kv_bytes(options) == int(1.1 * 2 * (2 * 2 * 2 * 32) * 8 * 400)
 
 
 def test_vllm_for_a_machine_without_network_leaves_out_what_is_there(tmp_path):
