@@ -174,9 +174,12 @@ def test_the_kernels_have_the_forms():
     pytest.importorskip("triton")
     from adafuse import fused
     from adafuse.ops.decode import MAX_FEATURES, MAX_TOKENS
+    from adafuse.ops.layout import tile_shape
 
     assert fused.FORMS.keys() == {name for name, form in FORMS.items() if form.plain}
     assert (FEW_TOKENS, MOST_FEATURES) == (MAX_TOKENS, MAX_FEATURES)
+    for tokens in (1, 9, 33, 64, 65, 512, 513, 4096):
+        assert Step(mixture(64), tokens, 2).block_t == tile_shape(tokens, 64, 512)[0]
 
 
 def test_bytes_and_flops_of_each_form():

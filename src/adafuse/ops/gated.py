@@ -22,7 +22,7 @@ from adafuse.ops.appended import whole
 from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import cdiv, dot, next_power_of_2
 from adafuse.ops.layout import ROUTING, Tiles
-from adafuse.ops.matmul import MOST_LINEARS, readable
+from adafuse.ops.matmul import MOST_LINEARS, columns_of, readable
 
 
 def linear_gated(x, weight, a, b, tiles: Tiles, out=None):
@@ -60,19 +60,6 @@ def expand_gated_ref(y, h, b, tiles, out):
 
 
 @triton.jit
-def _columns(place, b, widths: tl.constexpr, BLOCK_O: tl.constexpr):
-    """What block of columns `place` of all the linears' belongs to: B, linear, block, first column of y, width."""
-    part, linear, block, column, width = b[0], 0, place, 0, widths[0]
-    before, start = 0, 0
-    for m in tl.static_range(1, len(widths)):
-        before += (widths[m - 1] + BLOCK_O - 1) // BLOCK_O
-        start += widths[m - 1]
-        if place >= before:
-            part, linear, block, column, width = b[m], m, place - before, start, widths[m]
-    return part, linear, block, column, width
-
-
-@triton.jit
 def _gated(h_tile, gate_row, first, R: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
     """h of ranks first .. first + BLOCK_R - 1, times each token's weight of their experts."""
     if RANK % BLOCK_R == 0:  # of one expert
@@ -102,7 +89,7 @@ def _expand_gated_kernel(
         b = (b0, b1)
     else:
         b = (b0, b1, b2)
-    part, linear, block, column, width = _columns(tl.program_id(0), b, widths, BLOCK_O)
+    _, part, linear, block, column, width = columns_of(tl.program_id(0), b, b, widths, BLOCK_O)
     tile = tl.program_id(1)
     t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     token = tl.load(order + t, mask=t < T, other=0).to(tl.int64)

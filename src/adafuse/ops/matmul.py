@@ -38,7 +38,7 @@ def matmul_tiles_ref(x, base_weights, h, b, tiles, out):
 
 
 @triton.jit
-def _columns(place, weights, b, widths: tl.constexpr, BLOCK_O: tl.constexpr):
+def columns_of(place, weights, b, widths: tl.constexpr, BLOCK_O: tl.constexpr):
     """What block of columns `place` of all the linears' belongs to: W, B, linear, block, first column of y, width."""
     w, part, linear, block, column, width = weights[0], b[0], 0, place, 0, widths[0]
     before, start = 0, 0
@@ -73,7 +73,7 @@ def _matmul_kernel(
         group = tl.minimum(COLUMNS - first, GROUP)
         inside = place % (GROUP * token_tiles)
         tile = inside // group
-        w, part, linear, block, column, width = _columns(first + inside % group, weights, b, widths, BLOCK_O)
+        w, part, linear, block, column, width = columns_of(first + inside % group, weights, b, widths, BLOCK_O)
         t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
         token = tl.load(order + t, mask=t < T, other=0)
         # Asked for here, since the sum over the ranks waits for them.
