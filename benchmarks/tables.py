@@ -133,20 +133,30 @@ KERNEL_TARGETS = {
 
 
 def decode(rows):
-    """A line a row of each case: the median, and what it is compared with. Of a profile: `decode_profile`."""
-    lines = [
-        "| model | context | batch | row | new tokens | ms | compared with | ratio | target |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    first = case_of(rows[0])
-    for row in rows:
-        if row["name"].startswith("profile/") or row["unit"] != "ms":
+    """A line a row of the first case: the median, and what it is compared with. Of a profile: `decode_profile`."""
+    lines = ["| row | new tokens | ms | compared with | ratio | target |", "|---|---|---|---|---|---|"]
+    for name, row in of_first_case(rows).items():
+        if name.startswith("profile/") or row["unit"] != "ms":
             continue
-        target = DECODE_TARGETS.get(row["name"], "") if case_of(row) == first else ""
         ratio = f"{row['ratio']:.3f}" if row["ratio"] else ""
-        name, new = row["name"], row["case"].get("new_tokens", "")
-        cells = (*case_of(row), name, new, f"{row['median']:.3f}", row["vs"] or "", ratio, target)
+        new, target = row["case"].get("new_tokens", ""), DECODE_TARGETS.get(name, "")
+        cells = (name, new, f"{row['median']:.3f}", row["vs"] or "", ratio, target)
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def decode_cases(rows):
+    """A line a model, context and number of sequences: what a step takes in each way, and what its bytes take."""
+    heads = ["model", "context", "sequences", *DECODE_CASES.values(), "experts of r 64: time", "bytes"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for case in dict.fromkeys(map(case_of, rows)):
+        found = {row["name"]: row["median"] for row in rows if case_of(row) == case}
+        times = [f"{found[name]:.2f}" if name in found else "" for name in DECODE_CASES]
+        grown = [
+            f"{found[mixture] / found[alone]:.2f}x" if mixture in found and alone in found else ""
+            for mixture, alone in (("engine/fused_r64", "engine/backbone"), ("roofline_r64", "roofline"))
+        ]
+        lines.append(f"| {' | '.join(map(str, (*case, *times, *grown)))} |")
     return lines
 
 
@@ -243,6 +253,16 @@ DECODE_WAYS = {
     "graphed/layerwise": "layer-wise routing, r 64, HuggingFace's forward in a CUDA graph",
     "engine/switch_pristine": "merging the token's experts in one launch, this engine",
     "published/layerwise": "layer-wise routing, r 64, as published",
+}
+# Rows of a case's line in `decode_cases`, in ms.
+DECODE_CASES = {
+    "roofline": "bytes of the bare model",
+    "hf/compiled": "HuggingFace, compiled",
+    "engine/backbone": "bare",
+    "engine/fused_r16": "r 16",
+    "engine/fused_r64": "r 64",
+    "graphed/layerwise_ours": "layer-wise on our kernels",
+    "graphed/layerwise": "layer-wise, HuggingFace's graph",
 }
 # Of Llama-2-7B, context 256, batch 1: what the ratio is held to.
 DECODE_TARGETS = {
@@ -386,6 +406,7 @@ TABLES = {
     "kernels.summary": kernels_summary,
     "decode": decode,
     "decode.summary": decode_summary,
+    "decode.cases": decode_cases,
     "decode.profile": decode_profile,
     "decode.headline": decode_headline,
     "executions": executions,
