@@ -289,6 +289,12 @@ def test_workers_do_what_one_process_does(places, tmp_path):
     assert [result["score"] for result in one] == [result["score"] for result in two]
 
 
+def test_workers_take_turns_in_choosing_a_gpu(monkeypatch):
+    for count, expected in ((0, ["cpu"] * 3), (1, ["cuda:0"] * 3), (2, ["cuda:0", "cuda:1", "cuda:0"])):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert [str(study.device_of(worker)) for worker in range(3)] == expected
+
+
 def test_a_folder_holds_one_study(tmp_path):
     check_study(tmp_path, {"epochs": 1, "base": "a"})
     check_study(tmp_path, {"epochs": 1, "base": "a"})

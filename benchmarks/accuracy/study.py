@@ -9,7 +9,7 @@
     python benchmarks/accuracy/study.py heatmap --runs DIR --out benchmarks/results/h100/routing.json --plot docs/routing.png
 
 DIR gets one small JSON file a run, and nothing of the items' text, so that it can be committed and a study goes on elsewhere.
---workers 2 does two runs at a time on one GPU: while one is prepared, the other computes.
+--workers 2 does two runs at a time on one GPU: while one is prepared, the other computes. On several GPUs workers take turns.
 Exit code 0: all runs of the phase are done. 3: the budget is over and runs are left. 1: something failed, stderr says what.
 """
 
@@ -62,10 +62,14 @@ PHASES = {
 class Study:
     """What all runs of a call share: base, items, settings, and the splits laid out for evaluation."""
 
-    def __init__(self, options):
+    def __init__(self, options, worker=0):
         self.options, self.items = options, read_items(options.items)
-        self.gpu = torch.cuda.is_available()
-        self.base, tokenizer = load_base(_base_folder(options.base), dtype="bfloat16" if self.gpu else "float32")
+        device = device_of(worker)
+        self.gpu = device.type == "cuda"
+        if self.gpu:
+            torch.cuda.set_device(device)
+        dtype = "bfloat16" if self.gpu else "float32"
+        self.base, tokenizer = load_base(_base_folder(options.base), dtype=dtype, device=str(device))
         self.base.requires_grad_(False)
         self.items.check_tokenizer(tokenizer)
         self.pairs, self._evaluations = self.items.train.pairs(right_only=True), {}
@@ -167,7 +171,10 @@ def work(options) -> int:
     if options.workers == 1:
         return _work(options, phases, runs, Study(options).do, started)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, spawn, _start_worker, (options,)) as pool:
+    numbers = spawn.SimpleQueue()
+    for number in range(options.workers):
+        numbers.put(number)
+    with ProcessPoolExecutor(options.workers, spawn, _start_worker, (options, numbers)) as pool:
         return _work(options, phases, runs, _do_in_worker, started, pool)
 
 
@@ -188,8 +195,14 @@ def _work(options, phases, runs, do, started, pool=None):
     return 0
 
 
-def _start_worker(options):
-    Study.of_this_worker = Study(options)
+def device_of(worker):
+    """Where a worker computes: GPU `worker` modulo their number, or the CPU."""
+    count = torch.cuda.device_count()
+    return torch.device("cuda", worker % count) if count else torch.device("cpu")
+
+
+def _start_worker(options, numbers):
+    Study.of_this_worker = Study(options, numbers.get())
 
 
 def _do_in_worker(run):
