@@ -2,6 +2,7 @@
 
     adafuse bench decode --out benchmarks/results/h100/decode.json
     adafuse bench decode --out benchmarks/results/h100/decode.json --append --model mistral-7b --context 256 4096 --batch 1 4 8
+    CUDA_VISIBLE_DEVICES=1 adafuse bench decode ... --append   # beside another on GPU 0, into the same file
     adafuse bench decode --out /tmp/some.json --only engine/backbone engine/fused_r64 --profile
     adafuse bench decode --tiny --out /tmp/tiny.json        # the plumbing, on a CPU
 
@@ -11,9 +12,11 @@ the time from one such copy to the next. Rows are written only if their logits a
 """
 
 import argparse
+import fcntl
 import json
 import statistics
 import time
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import cached_property, partial
 from itertools import pairwise, product
@@ -381,15 +384,25 @@ def _layerwise_step(modules, config, backbone, gate, cache, rotary, logits):
     return LayerwiseStep(backbone, modules, config, cache, rotary, logits)
 
 
+@contextmanager
+def alone(path):
+    """While it lasts no other process that asks the same writes to this file: cases may run on several GPUs at once."""
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def append(path, rows):
-    """Rows of further cases to a file of the same machine and commit."""
+    """Rows of further cases to a file of the same machine and commit: model by model, contexts and batches in order."""
     env, known = record.environment(), json.loads(Path(path).read_text()) if Path(path).is_file() else None
     if known is None:
         return rows
     if differing := [key for key in ("gpu", "driver", "torch", "triton", "git") if known["env"][key] != env[key]]:
         raise SystemExit(f"{path} is of another {differing[0]} ({known['env'][differing[0]]}); write to another file")
     cases = {_place(row) for row in rows}
-    return [row for row in known["rows"] if _place(row) not in cases] + rows
+    rows = [row for row in known["rows"] if _place(row) not in cases] + rows
+    models = list(dict.fromkeys(row["case"]["model"] for row in rows))
+    return sorted(rows, key=lambda row: (models.index(row["case"]["model"]), *_place(row)[2:]))
 
 
 def _place(row):
@@ -433,7 +446,8 @@ def main():
             rows += bench.rows.values()
             wrong += bench.wrong
             if rows:
-                record.write(args.out, append(args.out, rows) if args.append else rows)
+                with alone(args.out):
+                    record.write(args.out, append(args.out, rows) if args.append else rows)
         del bench
         free()
     if wrong:

@@ -6,6 +6,7 @@ adafuse bench sweep --kernel crowd --tokens 32 --out /tmp/crowd.json
 
 import argparse
 import statistics
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -27,6 +28,18 @@ DECODE = (
     {"block_j": 4},
     {"resident": 0},
     {"block_o": 2},
+)
+# Of `decode` with several tokens, by tensor cores.
+FEW = (
+    {},
+    {"block_j": 2},
+    {"block_j": 4},
+    {"chunks": 1},
+    {"chunks": 8},
+    {"resident": 0},
+    {"block_o": 2},
+    {"block_o": 8},
+    {"num_warps": 8, "resident": 2},
 )
 CROWD = ({}, {"prefetch": 0}, {"block_i": 64, "num_stages": 6}, {"block_r": 64}, {"num_warps": 8}, {"slots": 250})
 SPLITS_AND_BLOCKS = ((1, 32, 128), (1, 32, 256), (1, 64, 128), (2, 32, 128), (2, 64, 128), (4, 64, 64), (4, 128, 64))
@@ -75,19 +88,28 @@ class Sweep:
         print(f"{statistics.median(samples):9.4f} ms  {name} {case}", flush=True)
 
 
+@contextmanager
+def tiles(default, changes):
+    """Decode's default tiles (`default`: which of Tile's) with other values in these fields."""
+    original = getattr(decode_op.Tile, default)
+    setattr(decode_op.Tile, default, lambda *args: replace(original(*args), **changes))
+    try:
+        yield
+    finally:
+        setattr(decode_op.Tile, default, original)
+
+
 def sweep_decode(sweep, model, _):
     stack = Stack(model)
     bound = best_read_times(stack.flat)
-    original = decode_op.Tile.default
     for name, mixture in MIXTURES.items():
         for changes in DECODE:
             changed = {key: value for key, value in changes.items() if key != "copies"}
             adapters = Adapters(stack, **mixture, copies=changes.get("copies"))
             more = 1 + adapters.num_bytes / stack.num_bytes
             roofline = record.row(f"roofline_{name}", {}, [sample * more for sample in bound], "ms")
-            decode_op.Tile.default = lambda *args, changed=changed: replace(original(*args), **changed)
-            sweep.time(name, changes, adapters.run, roofline, stack.prepare, 30, adapters.error)
-            decode_op.Tile.default = original
+            with tiles("default", changed):
+                sweep.time(name, changes, adapters.run, roofline, stack.prepare, 30, adapters.error)
             del adapters
             free()
         sweep.rows.append(roofline)
@@ -103,7 +125,10 @@ def sweep_few(sweep, model, tokens):
     for r in (16, 64):
         mixture = {"num_experts": 8, "r": r, "top_k": 2}
         adapters = Adapters(stack, **mixture)
-        sweep.time(f"decode_r{r}", {"tokens": tokens}, adapters.run, bound, stack.prepare, error=adapters.error)
+        for changes in FEW:
+            case = {"tokens": tokens, **changes}
+            with tiles("of_fragments", changes):
+                sweep.time(f"decode_r{r}", case, adapters.run, bound, stack.prepare, error=adapters.error)
         del adapters
         free()
         batch = Batch(stack, **mixture)

@@ -142,7 +142,8 @@ def test_appending_keeps_other_cases_and_takes_the_place_of_the_same(monkeypatch
     path = tmp_path / "decode.json"
     assert decode.append(path, [row(1)]) == [row(1)]
     path.write_text(json.dumps({"env": record.environment(), "rows": [row(1, form="graph"), row(2)]}))
-    assert decode.append(path, [row(1, form="fused")]) == [row(2), row(1, form="fused")]
+    assert decode.append(path, [row(1, form="fused")]) == [row(1, form="fused"), row(2)]
+    assert decode.append(path, [row(4)]) == [row(1, form="graph"), row(2), row(4)]
     path.write_text(json.dumps({"env": {**record.environment(), "git": "another"}, "rows": []}))
     with pytest.raises(SystemExit, match=r"is of another git \(another\); write to another file"):
         decode.append(path, [row(1)])

@@ -29,6 +29,10 @@ BIG = [
     (1, 4096, (11008, 11008), 64, 1, 16, 0),
     (2, 2048, (2048, 512, 512), 128, 4, 4, 16),
     (8, 4096, (4096,), 8, 64, 2, 0),
+    (4, 4096, (4096, 1024, 1024), 8, 64, 2, 0),
+    (7, 14336, (4096,), 8, 16, 2, 0),
+    (3, 576, (1536, 1536), 64, 1, 16, 8),
+    (8, 2048, (2048,), 4, 128, 4, 0),
     (5, 999, (1001, 7), 7, 3, 3, 1),
 ]
 
@@ -120,6 +124,38 @@ def test_the_first_programs_compute_a_second_tile():
 @pytest.mark.parametrize("size", SIZES[1:3], ids=str)
 def test_tiles_change_nothing(size, tile):
     check(size, torch.float32, tile=tile)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block_o", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [(2, 264, (9,), 4, 2, 2, 1), (8, 520, (13, 8), 6, 2, 2, 0)], ids=str)
+def test_rows_in_parts_for_tensor_cores(size, block_o, dtype):
+    """One row in eight parts for groups of two tokens, to eight rows whole; features that fill neither parts nor loads."""
+    check(size, dtype, tile=Tile(block_o, 4))
+
+
+def test_a_tile_for_tensor_cores_fits_into_registers():
+    for features in (8, 576, 2048, 4096, 8192, 11008, 14336, 28672, 65536):
+        tile = Tile.of_fragments(features)
+        assert tile.steps(features) <= 16
+        assert tile.steps(features) * 32 * tile.num_warps * (8 // tile.block_o) >= features
+
+
+@pytest.mark.parametrize("tokens", [2, 7, 8])
+def test_several_tokens_are_multiplied_by_tensor_cores_where_they_can_be(tokens, monkeypatch):
+    """Sums in fp32 of products by tensor cores, against a kernel that is told to do without them."""
+    size = (tokens, 72, (24,), 4, 4, 2, 0)
+    x, weights, *_ = a_case(*size, torch.bfloat16)
+    used = []
+    original = Tile.of_fragments
+    monkeypatch.setattr(Tile, "of_fragments", lambda features: used.append(features) or original(features))
+    by_tensor_cores = decode(x, weights, nan(tokens, 24, dtype=torch.bfloat16))
+    assert used == [72]
+    plain = decode(x, weights, nan(tokens, 24, dtype=torch.bfloat16), tile=Tile(16, 4))
+    assert relative_error(by_tensor_cores, plain.double().cpu()) < 4e-3  # rounded to bf16, twice
+    apart = torch.empty(tokens, 73, dtype=torch.bfloat16, device=DEVICE)[:, :72].copy_(x)  # rows that are not aligned
+    decode(apart, weights, nan(tokens, 24, dtype=torch.bfloat16))
+    assert used == [72]
 
 
 @pytest.mark.gpu

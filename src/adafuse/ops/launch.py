@@ -39,6 +39,11 @@ def since_hopper(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
 
 
+def has_mma(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's device multiplies 16 x 16 by 16 x 8 numbers of bf16 at once (compute capability 8.0), or is interpreted."""
+    return INTERPRETED.value or (tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (8, 0))
+
+
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
     """With programmatic dependent launch: let the next kernel start, then wait until all that ran before this one is visible.

@@ -1,0 +1,157 @@
+"""A few rows of a matrix times a few tokens by tensor cores, operands straight from memory into the registers where they are needed.
+
+    mma.m16n8k16 of a warp:  C [16, 8] += A [16, 16] B [16, 8]     (PTX ISA, "Matrix fragments for mma.m16n8k16")
+
+Lane 4 g + q holds, of A, rows g and g + 8, of B, column g, and of both the k of quarter q. Which columns of W and x are the k of a
+quarter is free, as long as both agree: a lane takes 8 consecutive ones, a load of 16 bytes that serves two mma.
+
+So B is 8 rows of W, and A is 16 tokens. With fewer tokens than that, 8 / PARTS rows are cut into PARTS parts each, and so is x:
+
+    column n of B: part n // ROWS of row n % ROWS            ROWS = 8 / PARTS
+    row m of A:    part m // TOKENS of token m % TOKENS      TOKENS = 16 / PARTS
+
+Of C only what is of one part counts; summed over the parts and the warps, which share the columns, it is the product. More tokens
+than TOKENS are further groups, which multiply the same rows.
+
+The tensors here are [THREADS, 4], int32 for two numbers of 16 bits: what each thread holds. This is the layout that a load of 16 bytes by
+each thread has in Triton, and it holds for what is computed from such loads element by element; nothing else may be done to them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adafuse.ops.launch import INTERPRETED
+
+COLUMNS = tl.constexpr(8)  # of a lane, in one load
+QUARTERS = tl.constexpr(4)
+STEP = COLUMNS * QUARTERS  # columns of a warp, in one load
+
+
+@triton.jit
+def _lane(WARPS: tl.constexpr):
+    """warp, g, q of each thread."""
+    thread = tl.arange(0, 32 * WARPS)
+    return thread // 32, thread % 32 // 4, thread % 4
+
+
+@triton.jit
+def _load(
+    pointers,
+    column,
+    step,
+    PART: tl.constexpr,
+    I: tl.constexpr,
+    PARTS: tl.constexpr,
+    WARPS: tl.constexpr,
+    ONCE: tl.constexpr,
+):
+    """A step of the fragments whose first is at `pointers` [THREADS, 4], column `column` [THREADS]. ONCE: nobody reads it again."""
+    POLICY: tl.constexpr = "evict_first" if ONCE else ""
+    pointers += step * (STEP // 2 * WARPS)
+    pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 16)), (1, 4))  # bytes, numbers
+    if PART * PARTS == I:
+        return tl.load(pointers, eviction_policy=POLICY)
+    inside = (column + step * (STEP * WARPS) < I)[:, None]
+    return tl.load(pointers, mask=inside, other=0, eviction_policy=POLICY)
+
+
+@triton.jit
+def _first(matrix, row, part, stride, PART: tl.constexpr, WARPS: tl.constexpr):
+    """Pointers to the first 8 columns that each thread holds of its part of its row, and which column they begin with."""
+    warp, _, q = _lane(WARPS)
+    column = part * PART + warp * STEP + q * COLUMNS
+    where = row.to(tl.int64) * (stride // 2) + column // 2
+    return matrix.to(tl.pointer_type(tl.int32), bitcast=True) + where[:, None] + tl.arange(0, 4)[None, :], column
+
+
+@triton.jit
+def held_fragments(
+    w, first_row, last_row, zero, I: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr
+):  # fmt: skip
+    """8 / PARTS whole rows of w, from first_row on: a tuple of STEPS fragments. Rows past last_row are that one again.
+
+    They are asked for in CHUNKS parts, each when the one before has come. (`zero` is 0, which the compiler does not know.)
+    """
+    ROWS: tl.constexpr = 8 // PARTS
+    PART: tl.constexpr = STEPS * STEP * WARPS
+    _, g, _ = _lane(WARPS)
+    pointers, column = _first(w, tl.minimum(first_row + g % ROWS, last_row), g // ROWS, I, PART, WARPS)
+    held = ()
+    for step in tl.static_range(STEPS):
+        if step > 0 and step % ((STEPS + CHUNKS - 1) // CHUNKS) == 0:
+            pointers += held[step - 1] & zero
+        held = held + (_load(pointers, column, step, PART, I, PARTS, WARPS, True),)  # noqa: RUF005 - Triton's tuples
+    return held
+
+
+@triton.jit
+def fragment_products(
+    held, x, stride_x, group, T: tl.constexpr, I: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr
+):
+    """C of held rows of W and the x of a group of 16 / PARTS tokens, not yet summed over parts and warps: [THREADS, 4] fp32."""
+    TOKENS: tl.constexpr = 16 // PARTS
+    PART: tl.constexpr = len(held) * STEP * WARPS
+    _, g, _ = _lane(WARPS)
+    row = tl.minimum(group * TOKENS + g % TOKENS, T - 1)  # tokens past the last: the last again, not stored
+    first, column = _first(x, row, g // TOKENS, stride_x, PART, WARPS)
+    row = tl.minimum(group * TOKENS + (g + 8) % TOKENS, T - 1)
+    second, column_2 = _first(x, row, (g + 8) // TOKENS, stride_x, PART, WARPS)
+    c = tl.zeros([32 * WARPS, 4], tl.float32)
+    for step in tl.static_range(len(held)):
+        a = _load(first, column, step, PART, I, PARTS, WARPS, False)
+        a_2 = tl.zeros_like(a)
+        if PARTS > 1 or T > 8:  # else rows 8 to 15 of A are no token
+            a_2 = _load(second, column_2, step, PART, I, PARTS, WARPS, False)
+        c = _mma(held[step], a, a_2, c, x.dtype.element_ty, WARPS)
+    return c
+
+
+@triton.jit
+def _mma(w, a, a_2, c, DTYPE: tl.constexpr, WARPS: tl.constexpr):
+    """c plus the products of 8 columns a lane: two mma. w: B. a, a_2: rows g and g + 8 of A."""
+    if INTERPRETED:
+        return c + _mma_in_words(w, a, a_2, DTYPE, WARPS)
+    NAME: tl.constexpr = "f16" if DTYPE.is_fp16() else "bf16"
+    MMA: tl.constexpr = "mma.sync.aligned.m16n8k16.row.col.f32." + NAME + "." + NAME + ".f32 {$0, $1, $2, $3}, "
+    return tl.inline_asm_elementwise(
+        MMA + "{$8, $12, $9, $13}, {$4, $5}, {$0, $1, $2, $3};\n" + MMA + "{$10, $14, $11, $15}, {$6, $7}, {$0, $1, $2, $3};",
+        "=f,=f,=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,0,1,2,3",
+        [w, a, a_2, c],
+        dtype=tl.float32,
+        is_pure=False,  # else it may be computed again in another layout
+        pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _mma_in_words(w, a, a_2, DTYPE: tl.constexpr, WARPS: tl.constexpr):
+    """What two mma add to C, by sums over the lanes' numbers."""
+    rows = (
+        tl.join(_numbers(a, DTYPE, WARPS), _numbers(a_2, DTYPE, WARPS)).permute(0, 3, 1, 2).reshape(WARPS, 16, 1, STEP)
+    )
+    c = tl.sum(rows * _numbers(w, DTYPE, WARPS).reshape(WARPS, 1, 8, STEP), 3)
+    return c.reshape(WARPS, 2, 8, 4, 2).permute(0, 2, 3, 1, 4).reshape(32 * WARPS, 4)
+
+
+@triton.jit
+def _numbers(fragment, DTYPE: tl.constexpr, WARPS: tl.constexpr):
+    """[WARPS, 8, STEP] fp32: of each g, its quarters side by side."""
+    low = (fragment & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
+    high = ((fragment >> 16) & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
+    return tl.join(low, high).to(tl.float32).reshape(WARPS, 8, STEP)
+
+
+@triton.jit
+def fragment_sum(c, PARTS: tl.constexpr, WARPS: tl.constexpr):
+    """What `fragment_products` found, summed over parts and warps: [16 / PARTS tokens, 8 / PARTS rows]."""
+    ROWS: tl.constexpr = 8 // PARTS
+    TOKENS: tl.constexpr = 16 // PARTS
+    _, g, q = _lane(WARPS)
+    register = tl.arange(0, 4)[None, :]
+    m, n = register // 2 * 8 + g[:, None], q[:, None] * 2 + register % 2
+    c = tl.where(m // TOKENS == n // ROWS, c, 0.0)
+    c = c.reshape(WARPS, 8, 4, 2, 2).permute(0, 3, 1, 2, 4)  # warp, then m in two axes, then n in two
+    c = c.reshape(WARPS, PARTS, TOKENS, PARTS, ROWS).permute(0, 1, 3, 2, 4)
+    return tl.sum(c.reshape(WARPS * PARTS * PARTS, TOKENS, ROWS), 0)
