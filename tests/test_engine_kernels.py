@@ -10,7 +10,6 @@ from reference import relative_error
 pytest.importorskip("triton")
 
 from adafuse import Engine, switching
-from adafuse.engine import kernels
 from adafuse.engine.runner import Runner
 from adafuse.ops.switch import switch
 
@@ -201,7 +200,7 @@ def test_an_interrupt_within_a_switch_leaves_no_wrong_weights(monkeypatch, sourc
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "switch", interrupted)
+        patch.setattr(switching, "switch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             one.generate([ids], max_new_tokens=3)
     if source == "in_place":
@@ -256,7 +255,7 @@ def test_a_switch_that_is_refused_leaves_the_weights_known(monkeypatch, where):
         raise RuntimeError("out of resources")
 
     with monkeypatch.context() as patch:
-        patch.setattr(kernels if where == "engine" else switching, "switch", refused)
+        patch.setattr(switching, "switch", refused)
         with pytest.raises(RuntimeError, match="out of resources"):
             one.generate([ids], 3) if where == "engine" else model(input_ids=torch.tensor([[3]], device=DEVICE))
     model.execution = "auto"

@@ -116,9 +116,7 @@ class Switcher:
         torch.mul(routing.weights[0, 0], self.config.scale, out=weights)
         old = self.old if self.merged else None
         with self.writing() as written:
-            for table in self.tables:
-                switch(table, experts, weights, old=old, shared_scale=self.config.shared_scale)
-                written.append(table)
+            self.launch(written, experts, weights, old=old)
             for old, new in zip(self.old, self.new, strict=True):
                 old.copy_(new)
             self.merged = True
@@ -134,6 +132,12 @@ class Switcher:
             self.known = not written
             raise
         self.known = True
+
+    def launch(self, written, experts, weights, **options):
+        """`ops.switch` with each table. Those that were launched are added to `written`."""
+        for table in self.tables:
+            switch(table, experts, weights, **{"shared_scale": self.config.shared_scale, **options})
+            written.append(table)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -152,9 +156,7 @@ class Switcher:
         with self.writing() as written:
             if self.in_place:
                 experts, weights = self.old
-                for table in self.tables:
-                    switch(table, experts, -weights, shared_scale=-self.config.shared_scale)
-                    written.append(table)
+                self.launch(written, experts, -weights, shared_scale=-self.config.shared_scale)
             else:
                 for weight, copy in zip(self.weights, self.copies, strict=True):
                     weight.copy_(copy)

@@ -17,7 +17,6 @@ from adafuse.ops.decode import MAX_FEATURES, MAX_TOKENS
 from adafuse.ops.norm import MAX_HIDDEN, add_norm, embed_norm, swiglu
 from adafuse.ops.pick import pick, room
 from adafuse.ops.route import route
-from adafuse.ops.switch import switch
 
 ADVICE = "pass Engine(..., kernels=False) to compute it in plain PyTorch"
 _GROUPS = ("qkv", "o", "gate_up", "down")
@@ -160,9 +159,7 @@ def merge(switcher, plan):
     """Switch the weights to the plan's one token, on top of a routing that they hold. No host sync."""
     experts, weights = plan.experts[:, 0], plan.weights[:, 0]
     with switcher.writing() as written:
-        for table in switcher.tables:
-            switch(table, experts, weights, old=switcher.old, shared_scale=switcher.config.shared_scale)
-            written.append(table)
+        switcher.launch(written, experts, weights, old=switcher.old)
         for old, new in zip(switcher.old, (experts, weights), strict=True):
             old.copy_(new)
 
@@ -174,9 +171,7 @@ def begin_merging(switcher):
     experts.copy_(torch.arange(experts.shape[1], dtype=experts.dtype, device=experts.device).expand_as(experts))
     weights.zero_()
     with switcher.writing() as written:
-        for table in switcher.tables:
-            switch(table, experts, weights, shared_scale=switcher.config.shared_scale)
-            written.append(table)
+        switcher.launch(written, experts, weights)
         switcher.merged = True
 
 
