@@ -164,44 +164,26 @@ def _products(held, x, I: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _sums(held, x, stride_x, T: tl.constexpr, I: tl.constexpr, CHUNK: tl.constexpr):
-    """Held rows times the x of each token, summed over the columns that a thread holds: a tuple of T [rows, CHUNK // PER].
-
-    The rows are widened to fp32 once for all tokens, a chunk at a time.
-    """
-    PER: tl.constexpr = 128 // held[0].dtype.primitive_bitwidth  # consecutive columns of a thread: a load of 16 bytes
-    i = tl.arange(0, CHUNK)
-    sums = ()
-    for c in tl.static_range(0, I, CHUNK):
-        chunk = held[c // CHUNK].to(tl.float32)
-        grown = ()
-        for t in tl.static_range(T):
-            xs = tl.load(x + t * stride_x + c + i, mask=c + i < I, other=0.0)
-            products = chunk * xs.to(tl.float32)[None, :]
-            added = tl.sum(products.reshape(chunk.shape[0], CHUNK // PER, PER), 2)
-            if c > 0:
-                added += sums[t]
-            grown = grown + (added,)  # noqa: RUF005 - Triton's tuples
-        sums = grown
-    return sums
-
-
-@triton.jit
 def _products_of_all(
     held, x, stride_x, T: tl.constexpr, I: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_T: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Held rows times the x of all tokens, as a tuple; summed within threads only. STEPS > 0: of each BLOCK_T tokens, else of each."""
+    """Held rows times the x of each BLOCK_T tokens, as a tuple. One token, or by tensor cores (STEPS > 0): summed within threads only."""
     if STEPS > 0:
         products = ()
-        for group in tl.static_range((T + BLOCK_T - 1) // BLOCK_T):
-            c = fragment_products(held, x, stride_x, group, T, I, PARTS, WARPS)
+        for first in tl.static_range(0, T, BLOCK_T):
+            c = fragment_products(held, x, stride_x, first, T, I, PARTS, WARPS)
             products = products + (c,)  # noqa: RUF005 - Triton's tuples
         return products
     elif T == 1:  # noqa: RET505 - what is not taken must not be compiled
         return (_products(held, x, I, CHUNK),)
     else:
-        return _sums(held, x, stride_x, T, I, CHUNK)
+        tokens = tl.arange(0, BLOCK_T)
+        total = tl.zeros([BLOCK_T, held[0].shape[0]], tl.float32)
+        for t in tl.range(0, T, loop_unroll_factor=1):
+            of_token = tl.sum(_products(held, x + t * stride_x, I, CHUNK), 1)
+            total += tl.where(tokens[:, None] == t, of_token[None, :], 0.0)
+        return (total,)
 
 
 @triton.jit
@@ -210,15 +192,13 @@ def _sums_of_all(
 ):
     """The outputs that `_products_of_all` found: of each BLOCK_T tokens [BLOCK_T, rows]."""
     sums = ()
-    if STEPS > 0:
-        for group in tl.static_range(len(products)):
-            sums = sums + (fragment_sum(products[group], PARTS, WARPS),)  # noqa: RUF005 - Triton's tuples
-    else:
-        tokens = tl.arange(0, BLOCK_T)
-        total = tl.zeros([BLOCK_T, products[0].shape[0]], tl.float32)
-        for t in tl.static_range(T):
-            total += tl.where(tokens[:, None] == t, tl.sum(products[t], 1)[None, :], 0.0)
-        sums = (total,)
+    for n in tl.static_range(len(products)):
+        if STEPS > 0:
+            sums = sums + (fragment_sum(products[n], BLOCK_T, PARTS, WARPS),)  # noqa: RUF005 - Triton's tuples
+        elif T == 1:
+            sums = sums + (tl.sum(products[n], 1)[None, :],)  # noqa: RUF005 - Triton's tuples
+        else:
+            sums = products
     return sums
 
 
@@ -365,28 +345,42 @@ def _once_written(bits, h, mask):
 
 
 @triton.jit
-def _b_of(
-    b, experts, shared_row, t, column, width,
-    K: tl.constexpr, r: tl.constexpr, S: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_O: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """B of the active ranks of token t at `column` [BLOCK_J, BLOCK_O], 0 past the last rank."""
-    j = tl.arange(0, BLOCK_J)
-    rows = _rows(experts, t, shared_row, j, K, r, S)
-    pointers = b + rows.to(tl.int64)[:, None] * width + column[None, :]
-    if ALIGNED:
-        pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 2 * BLOCK_O)), (1, BLOCK_O))
-    return tl.load(pointers, mask=(j < K * r + S)[:, None], other=0.0)
+def _ranks(first, start, BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, THREADS: tl.constexpr):
+    """Token and active rank of each place of [BLOCK_T * BLOCK_J], the tokens from `first` on, the ranks from `start` on.
+
+    Place n is thread n % THREADS: a thread has ranks of one token. BLOCK_J is at least THREADS / BLOCK_T, so that no two threads
+    look at the same rank: what is looked at is not cached near them.
+    """
+    LANES: tl.constexpr = THREADS // BLOCK_T
+    n = tl.arange(0, BLOCK_T * BLOCK_J)
+    return first + n % THREADS // LANES, start + n // THREADS * LANES + n % LANES
 
 
 @triton.jit
-def _expanded(tile, bits, h, j, J: tl.constexpr, BLOCK_J: tl.constexpr):
-    """tile [BLOCK_J, BLOCK_O] times h [J], as soon as it is there: [1, BLOCK_O]. bits: the first look at h."""
-    hs = _once_written(bits, h + j, j < J)
-    hs = tl.sum(hs.reshape(j.shape[0] // BLOCK_J, BLOCK_J), 0)
+def _b_of(
+    b, experts, shared_row, token, j, column, width,
+    T: tl.constexpr, K: tl.constexpr, r: tl.constexpr, S: tl.constexpr, BLOCK_O: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """B of the ranks at `column`: [places, BLOCK_O], 0 past the last rank and the last token."""
+    rows = _rows(experts, tl.minimum(token, T - 1), shared_row, j, K, r, S)
+    pointers = b + rows.to(tl.int64)[:, None] * width + column[None, :]
+    if ALIGNED:
+        pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 2 * BLOCK_O)), (1, BLOCK_O))
+    return tl.load(pointers, mask=((j < K * r + S) & (token < T))[:, None], other=0.0)
+
+
+@triton.jit
+def _expanded(tile, bits, h, mask, BLOCK_T: tl.constexpr, THREADS: tl.constexpr):
+    """B times h, as soon as that is there: [BLOCK_T, BLOCK_O]. bits: the first look at h."""
+    hs = _once_written(bits, h, mask)
+    hs = tl.sum(
+        hs.reshape(1, tile.shape[0]), 0
+    )  # no sum: else the compiler looks at h once for each layout that the product might have
     # An fma, which cannot be merged with the sum's first addition: of two threads that add each other's product, each would round the
     # other's only, and several copies of an element would differ in the last bit.
     products = tl.fma(tile.to(tl.float32), tl.broadcast_to(hs[:, None], tile.shape), tl.zeros(tile.shape, tl.float32))
-    return tl.sum(products, 0)[None, :]
+    of_threads = tl.sum(products.reshape(tile.shape[0] // THREADS, THREADS, tile.shape[1]), 0)
+    return tl.sum(of_threads.reshape(BLOCK_T, THREADS // BLOCK_T, tile.shape[1]), 1)
 
 
 @triton.jit(do_not_specialize=["zero", "seconds"])
@@ -458,20 +452,21 @@ def _decode_kernel(
         b = _pick(banks_b, linear)
         h += pid % COPIES * (T * len(base_weights) * J) + linear * J
         if AHEAD:
-            for t in tl.static_range(T):
-                tile_b = _b_of(b, experts, shared_row, t, row, width, K, r, S, BLOCK_J, BLOCK_O, ALIGNED)
-                b_tiles = b_tiles + (tile_b,)  # noqa: RUF005 - Triton's tuples
+            for first in tl.static_range(0, T, BLOCK_T):
+                token, j = _ranks(first, 0, BLOCK_T, BLOCK_J, THREADS)
+                b_tile = _b_of(b, experts, shared_row, token, j, row, width, T, K, r, S, BLOCK_O, ALIGNED)
+                b_tiles = b_tiles + (b_tile,)  # noqa: RUF005 - Triton's tuples
     if PDL and not AFTER_PLAN:
         tl.extra.cuda.gdc_wait()
     products = _products_of_all(held, x, stride_x, T, I, CHUNK, PARTS, STEPS, BLOCK_T, THREADS // 32)
-    # As many places as threads, so that no two of a program look at the same rank: what is looked at is not cached near them.
-    j = tl.arange(0, THREADS if THREADS > BLOCK_J else BLOCK_J)
     bits = ()
-    if J > 0 and AHEAD:
-        for t in tl.static_range(
-            T
-        ):  # in all but the first programs h is there by now, and comes while sums go from thread to thread
-            bits = bits + (_look(h + t * len(base_weights) * J + j, j < J),)  # noqa: RUF005 - Triton's tuples
+    if (
+        J > 0 and AHEAD
+    ):  # in all but the first programs h is there by now, and comes while sums go from thread to thread
+        for first in tl.static_range(0, T, BLOCK_T):
+            token, j = _ranks(first, 0, BLOCK_T, BLOCK_J, THREADS)
+            there = (token < T) & (j < J)
+            bits = bits + (_look(h + token * (len(base_weights) * J) + j, there),)  # noqa: RUF005 - Triton's tuples
     tokens = tl.arange(0, BLOCK_T)
     sums = _sums_of_all(products, T, PARTS, STEPS, BLOCK_T, THREADS // 32)
     if J > 0 and T == 1:  # noqa: SIM102 - nested, so that the first is decided by the compiler
@@ -482,29 +477,28 @@ def _decode_kernel(
             o2 = block2 * BLOCK_O + tl.arange(0, BLOCK_O)
             row2 = tl.minimum(o2, width2 - 1)
             held = _held_rows(w2, row2, zero, I, CHUNK, ALIGNED, False)
-            b_tile2 = _b_of(
-                _pick(banks_b, linear2), experts, shared_row, 0, row2, width2, K, r, S, BLOCK_J, BLOCK_O, ALIGNED
-            )
+            token, j = _ranks(0, 0, BLOCK_T, BLOCK_J, THREADS)
+            b2 = _pick(banks_b, linear2)
+            b_tile2 = _b_of(b2, experts, shared_row, token, j, row2, width2, T, K, r, S, BLOCK_O, ALIGNED)
             products2 = _products(held, x, I, CHUNK)
-            h_at = h + (linear2 - linear) * J
-            bits2 = _look(h_at + j, j < J)
+            h_at = h + (linear2 - linear) * J + j
+            bits2 = _look(h_at, j < J)
             acc2 = tl.sum(products2, 1)[None, :]
-            acc2 += _expanded(b_tile2, bits2, h_at, j, J, BLOCK_J)
+            acc2 += _expanded(b_tile2, bits2, h_at, j < J, BLOCK_T, THREADS)
             where = y + tokens[:, None] * stride_y + column2 + o2[None, :]
             tl.store(where, acc2.to(y.dtype.element_ty), mask=(o2 < width2)[None, :])
-    for group in tl.static_range(0, T, BLOCK_T):
-        acc = sums[group // BLOCK_T]
-        if J > 0:
-            for t in tl.static_range(group, T if group + BLOCK_T > T else group + BLOCK_T):
-                h_at = h + t * len(base_weights) * J
-                if AHEAD:
-                    added = _expanded(b_tiles[t], bits[t], h_at, j, J, BLOCK_J)
-                else:
-                    b_tile = _b_of(b, experts, shared_row, t, row, width, K, r, S, BLOCK_J, BLOCK_O, ALIGNED)
-                    added = _expanded(b_tile, _look(h_at + j, j < J), h_at, j, J, BLOCK_J)
-                acc += tl.where(tokens[:, None] == t - group, added, 0.0)
-        where = y + (group + tokens)[:, None] * stride_y + column + o[None, :]
-        tl.store(where, acc.to(y.dtype.element_ty), mask=(group + tokens < T)[:, None] & (o < width)[None, :])
+    for first in tl.static_range(0, T, BLOCK_T):
+        acc = sums[first // BLOCK_T]
+        for start in tl.static_range(0, J, BLOCK_J):
+            token, j = _ranks(first, start, BLOCK_T, BLOCK_J, THREADS)
+            h_at, there = h + token * (len(base_weights) * J) + j, (token < T) & (j < J)
+            if AHEAD:
+                acc += _expanded(b_tiles[first // BLOCK_T], bits[first // BLOCK_T], h_at, there, BLOCK_T, THREADS)
+            else:
+                b_tile = _b_of(b, experts, shared_row, token, j, row, width, T, K, r, S, BLOCK_O, ALIGNED)
+                acc += _expanded(b_tile, _look(h_at, there), h_at, there, BLOCK_T, THREADS)
+        where = y + (first + tokens)[:, None] * stride_y + column + o[None, :]
+        tl.store(where, acc.to(y.dtype.element_ty), mask=(first + tokens < T)[:, None] & (o < width)[None, :])
 
 
 @triton.jit
@@ -620,7 +614,14 @@ def decode(
         width % max(8, tile.block_o) == 0 for width in widths
     )
     grid = (tokens * shrinks + tiles - seconds,)
-    block_j, threads = next_power_of_2(chosen.active) if adapted else 1, 32 * tile.num_warps
+    threads, block_t, block_j = 32 * tile.num_warps, next_power_of_2(tokens), 1
+    if tensor_cores:
+        block_t = min(block_t, 2 * tile.block_o)
+    ahead = adapted
+    if adapted:
+        block_j, held = next_power_of_2(chosen.active), HELD_B * threads // tile.block_o
+        ahead = tokens == 1 or next_power_of_2(tokens) * block_j <= held
+        block_j = max(threads // block_t, block_j if ahead else min(block_j, held // block_t))
     with torch.cuda.device_of(x):
         _decode_kernel[grid](
             x,
@@ -645,7 +646,7 @@ def decode(
             S=chosen.shared_rank if adapted else 0,
             SHRINKS=shrinks,
             COPIES=len(h) if adapted else 1,
-            BLOCK_T=2 * tile.block_o if tensor_cores else next_power_of_2(tokens),
+            BLOCK_T=block_t,
             BLOCK_O=tile.block_o,
             BLOCK_J=block_j,
             BLOCK_SHRINK=tile.block_j,
@@ -653,7 +654,7 @@ def decode(
             PARTS=8 // tile.block_o if tensor_cores else 1,
             STEPS=tile.steps(features) if tensor_cores else 0,
             CHUNKS=tile.chunks,
-            AHEAD=tokens == 1 or tokens * block_j * tile.block_o <= HELD_B * threads,
+            AHEAD=ahead,
             PREFETCH=aligned and since_hopper(x),
             THREADS=threads,
             ALIGNED=aligned,

@@ -88,15 +88,15 @@ def held_fragments(
 
 @triton.jit
 def fragment_products(
-    held, x, stride_x, group, T: tl.constexpr, I: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr
+    held, x, stride_x, first_token, T: tl.constexpr, I: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr
 ):
-    """C of held rows of W and the x of a group of 16 / PARTS tokens, not yet summed over parts and warps: [THREADS, 4] fp32."""
+    """C of held rows of W and the x of 16 / PARTS tokens from first_token on, not yet summed over parts and warps: [THREADS, 4] fp32."""
     TOKENS: tl.constexpr = 16 // PARTS
     PART: tl.constexpr = len(held) * STEP * WARPS
     _, g, _ = _lane(WARPS)
-    row = tl.minimum(group * TOKENS + g % TOKENS, T - 1)  # tokens past the last: the last again, not stored
+    row = tl.minimum(first_token + g % TOKENS, T - 1)  # tokens past the last: the last again, not stored
     first, column = _first(x, row, g // TOKENS, stride_x, PART, WARPS)
-    row = tl.minimum(group * TOKENS + (g + 8) % TOKENS, T - 1)
+    row = tl.minimum(first_token + (g + 8) % TOKENS, T - 1)
     second, column_2 = _first(x, row, (g + 8) // TOKENS, stride_x, PART, WARPS)
     c = tl.zeros([32 * WARPS, 4], tl.float32)
     for step in tl.static_range(len(held)):
@@ -144,14 +144,15 @@ def _numbers(fragment, DTYPE: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def fragment_sum(c, PARTS: tl.constexpr, WARPS: tl.constexpr):
-    """What `fragment_products` found, summed over parts and warps: [16 / PARTS tokens, 8 / PARTS rows]."""
+def fragment_sum(c, BLOCK_T: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr):
+    """What `fragment_products` found of the first BLOCK_T tokens, summed over parts and warps: [BLOCK_T, 8 / PARTS rows]."""
     ROWS: tl.constexpr = 8 // PARTS
     TOKENS: tl.constexpr = 16 // PARTS
+    REST: tl.constexpr = TOKENS // BLOCK_T
     _, g, q = _lane(WARPS)
     register = tl.arange(0, 4)[None, :]
     m, n = register // 2 * 8 + g[:, None], q[:, None] * 2 + register % 2
-    c = tl.where(m // TOKENS == n // ROWS, c, 0.0)
+    c = tl.where((m // TOKENS == n // ROWS) & (m % TOKENS < BLOCK_T), c, 0.0)
     c = c.reshape(WARPS, 8, 4, 2, 2).permute(0, 3, 1, 2, 4)  # warp, then m in two axes, then n in two
-    c = c.reshape(WARPS, PARTS, TOKENS, PARTS, ROWS).permute(0, 1, 3, 2, 4)
-    return tl.sum(c.reshape(WARPS * PARTS * PARTS, TOKENS, ROWS), 0)
+    c = c.reshape(WARPS, PARTS, REST, BLOCK_T, PARTS, ROWS).permute(0, 1, 2, 4, 3, 5)
+    return tl.sum(c.reshape(WARPS * PARTS * REST * PARTS, BLOCK_T, ROWS), 0)
