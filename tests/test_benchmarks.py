@@ -195,7 +195,13 @@ def test_vllm_for_a_machine_without_network_leaves_out_what_is_there(tmp_path):
     metadata = (
         "Requires-Dist: mcp>=1\nRequires-Dist: six; python_version < '3'\nRequires-Dist: pillow; extra == 'image'\n"
     )
-    names = ("vllm/a.py", "vllm/_moe_C.abi3.so", "vllm/third_party/b.hpp", vllm_offline.KERNELS[0], "other/c.so")
+    kept = ("vllm/a.py", "vllm/third_party/pynvml.py", vllm_offline.KERNELS[0], "other/c.so")
+    names = (
+        *kept,
+        "vllm/_moe_C.abi3.so",
+        "vllm/third_party/b.hpp",
+        "vllm/third_party/d/_C.cpython-312-x86_64-linux-gnu.so",
+    )
     with zipfile.ZipFile(wheel, "w") as files:
         for name in names:
             files.writestr(name, "")
@@ -204,7 +210,7 @@ def test_vllm_for_a_machine_without_network_leaves_out_what_is_there(tmp_path):
     assert len(list(vllm_offline.needs(wheel, ("image",)))) == 2
     vllm_offline.unpack(wheel, tmp_path / "site")
     found = {str(path.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("*") if path.is_file()}
-    assert found == {"vllm/a.py", vllm_offline.KERNELS[0], "other/c.so", "vllm-1.dist-info/METADATA"}
+    assert found == {*kept, "vllm-1.dist-info/METADATA"}
     for name, left_out in (
         ("torch", True),
         ("torchaudio", True),
