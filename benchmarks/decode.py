@@ -11,13 +11,11 @@ the time from one such copy to the next. Rows are written only if their logits a
 """
 
 import argparse
-import json
 import statistics
 import time
 from fnmatch import fnmatch
 from functools import cached_property, partial
 from itertools import pairwise, product
-from pathlib import Path
 from typing import NamedTuple
 
 import record
@@ -383,13 +381,7 @@ def _layerwise_step(modules, config, backbone, gate, cache, rotary, logits):
 
 def append(path, rows):
     """Rows of further cases to a file of the same machine and commit."""
-    env, known = record.environment(), json.loads(Path(path).read_text()) if Path(path).is_file() else None
-    if known is None:
-        return rows
-    if differing := [key for key in ("gpu", "driver", "torch", "triton", "git") if known["env"][key] != env[key]]:
-        raise SystemExit(f"{path} is of another {differing[0]} ({known['env'][differing[0]]}); write to another file")
-    cases = {_place(row) for row in rows}
-    return [row for row in known["rows"] if _place(row) not in cases] + rows
+    return record.appended(path, rows, _place)
 
 
 def _place(row):
