@@ -87,9 +87,9 @@ def unpack(wheel, site):
 
 
 def _is_left_out(name):
-    """Of vLLM what is compiled, and sources of kernels; not Python in third_party: pynvml is there, without which it finds no GPU."""
-    sources = "/third_party/" in name and not name.endswith(".py")
-    return name.startswith("vllm/") and (".so" in name or sources or name == "vllm/vllm-rs")
+    """Of vLLM what is compiled, and packages in third_party, which it would take for whole; not pynvml, without which it finds no GPU."""
+    package = name.startswith("vllm/third_party/") and name.count("/") > 2
+    return name.startswith("vllm/") and (".so" in name or package or name == "vllm/vllm-rs")
 
 
 def main():

@@ -174,8 +174,8 @@ def test_vllm_for_a_machine_without_network_leaves_out_what_is_there(tmp_path):
     names = (
         *kept,
         "vllm/_moe_C.abi3.so",
-        "vllm/third_party/b.hpp",
-        "vllm/third_party/d/_C.cpython-312-x86_64-linux-gnu.so",
+        "vllm/third_party/deep_gemm/__init__.py",
+        "vllm/third_party/deep_gemm/_C.cpython-312-x86_64-linux-gnu.so",
     )
     with zipfile.ZipFile(wheel, "w") as files:
         for name in names:
