@@ -16,6 +16,7 @@ backbone must start. SIGTERM stops the servers, too.
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -36,7 +37,7 @@ from whole_models import EXPERTS, TINY, TOP_K, adapted, base_model
 
 SHAPES["tiny"] = {**TINY, "hidden_size": 128}  # heads of 32, the least that vLLM has on a CPU
 LORAS = 8
-START = 400  # seconds
+START = 480  # seconds
 # The last three say where a difference comes from: vLLM's first model runner, which `ours` needs, or the part that follows the batch.
 SERVERS = ("backbone", "ours", "multilora", "backbone_first_runner", "ours_adapted_only", "ours_second_runner")
 BLOCK = 16  # tokens of a block of keys and values
@@ -154,8 +155,8 @@ def starts(process, port, end):
 
 def errors_in(text, lines=60):
     """The first lines that name an error, which is the cause of later ones, and the end."""
-    named = [line for line in text.splitlines() if "Error" in line]
-    return "\n".join([*named[:5], "...", *text.splitlines()[-lines:]])
+    named = dict.fromkeys(line for line in text.splitlines() if re.search(r"(Error|Exception): ", line))
+    return "\n".join([*list(named)[:5], "...", *text.splitlines()[-lines:]])
 
 
 def free_ports(count):

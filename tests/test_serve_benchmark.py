@@ -191,10 +191,9 @@ def test_models_are_named_with_their_server():
 
 
 def test_errors_of_a_log_begin_with_the_cause():
-    log = "\n".join(["start", "RuntimeError: the cause", *["line"] * 100, "RuntimeError: failed, see above"])
-    assert serve_models.errors_in(log, lines=2).splitlines() == [
-        "RuntimeError: the cause", "RuntimeError: failed, see above", "...", "line", "RuntimeError: failed, see above",
-    ]  # fmt: skip
+    cause, later = "RuntimeError: the cause", "RuntimeError: failed, see above"
+    log = "\n".join(["start", "raise RuntimeError(text)", cause, cause, *["line"] * 100, later])
+    assert serve_models.errors_in(log, lines=2).splitlines() == [cause, later, "...", "line", later]
 
 
 def test_a_file_of_another_machine_is_refused(tmp_path):
