@@ -18,7 +18,6 @@ from adafuse import checkpoint
 
 SERVER = Path(__file__).with_name("completions_server.py")
 SIZES = ["--rounds", "2", "--prompt-tokens", "5", "--max-tokens", "4"]
-WORDS = (*serve.METRICS, "backbone", "ours", "multilora_1", "multilora_8")
 
 
 @pytest.fixture
