@@ -13,14 +13,12 @@ the time from one such copy to the next. Rows are written only if their logits a
 
 import argparse
 import fcntl
-import json
 import statistics
 import time
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import cached_property, partial
 from itertools import pairwise, product
-from pathlib import Path
 from typing import NamedTuple
 
 import record
@@ -394,13 +392,7 @@ def alone(path):
 
 def append(path, rows):
     """Rows of further cases to a file of the same machine and commit: model by model, contexts and batches in order."""
-    env, known = record.environment(), json.loads(Path(path).read_text()) if Path(path).is_file() else None
-    if known is None:
-        return rows
-    if differing := [key for key in ("gpu", "driver", "torch", "triton", "git") if known["env"][key] != env[key]]:
-        raise SystemExit(f"{path} is of another {differing[0]} ({known['env'][differing[0]]}); write to another file")
-    cases = {_place(row) for row in rows}
-    rows = [row for row in known["rows"] if _place(row) not in cases] + rows
+    rows = record.appended(path, rows, _place)
     models = list(dict.fromkeys(row["case"]["model"] for row in rows))
     return sorted(rows, key=lambda row: (models.index(row["case"]["model"]), *_place(row)[2:]))
 

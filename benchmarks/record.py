@@ -9,6 +9,8 @@ import statistics
 import subprocess
 from pathlib import Path
 
+SAME = ("gpu", "driver", "torch", "triton", "git", "vllm")  # of an environment, in all rows of a file
+
 
 def row(name, case, samples, unit, vs=None):
     """A measurement: median and 20th and 80th percentile of `samples`; vs: the row of the same run that its ratio divides by."""
@@ -51,15 +53,32 @@ def environment() -> dict:
     return env
 
 
-def write(path, rows, env=None):
-    """Write {"env", "rows"} and print the rows as a table. env: that of the measurement, if it was made elsewhere; None: this one."""
+def write(path, rows, env=None, shown=None):
+    """Write {"env", "rows"} and print the rows as a table. env: that of the measurement, if it was made elsewhere; None: this one.
+    shown: the rows to print; None: all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"env": env or environment(), "rows": rows}, indent=1) + "\n")
-    for entry in rows:
+    for entry in rows if shown is None else shown:
         case = " ".join(f"{key}={value}" for key, value in entry["case"].items())
         ratio = f"{entry['ratio']:.3f} x {entry['vs']}" if entry["ratio"] else ""
         print(f"{entry['name']:34} {entry['median']:9.3f} {entry['unit']:4} {ratio:32} {case}")
+
+
+def appended(path, rows, place, env=None):
+    """`rows` behind those that the file at `path` has of other places, which must be of the same machine and commit.
+
+    place(row): what it is of; later rows take the place of all that were of the same.
+    """
+    known = json.loads(Path(path).read_text()) if Path(path).is_file() else None
+    if known is None:
+        return rows
+    env = env or environment()
+    if differing := [key for key in SAME if known["env"].get(key) != env.get(key)]:
+        was = known["env"].get(differing[0])
+        raise SystemExit(f"{path} is of another {differing[0]} ({was}); write to another file")
+    new = [place(row) for row in rows]
+    return [row for row in known["rows"] if place(row) not in new] + rows
 
 
 def _command(*words):

@@ -2,8 +2,9 @@
 time between tokens.
 
 A closed loop: each of `in_flight` clients sends its next request when its last has ended, until the requests are used
-up. Prompts are random token ids, the same for each model, and every request generates exactly `max_tokens`. Each
-round is a sample; the models take turns in every round, so that a drift of the machine hits all alike.
+up. Prompts are random token ids, others for each model, round and run, so that no cached prefix helps; every request
+generates exactly `max_tokens`. Each round is a sample, but the first, which is for warming up; the models take turns in
+every round, so that a drift of the machine hits all alike.
 
     vllm serve BASE --served-model-name plain --port 8001
     adafuse serve --adapter adapter --name tuned --port 8000
@@ -20,7 +21,9 @@ import json
 import random
 import statistics
 import time
+import urllib.request
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import record
 
@@ -32,7 +35,7 @@ METRICS = {"throughput": "tokens/s", "ttft": "ms", "ttft_p99": "ms", "itl_p50": 
 @dataclass
 class Load:
     """What a number of requests gave: seconds in all, tokens generated, seconds to first tokens and between tokens,
-    errors as text.
+    errors as text; by the request's place, the ids of its tokens, if it asked for them.
     """
 
     seconds: float = 0.0
@@ -40,6 +43,7 @@ class Load:
     ttft: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    ids: dict[int, list[int]] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """The values of METRICS."""
@@ -82,15 +86,15 @@ async def run(url, bodies, *, in_flight, timeout=600.0) -> Load:
     """
     import aiohttp
 
-    load, pending = Load(), iter(bodies)
+    load, pending = Load(), enumerate(bodies)
     connector = aiohttp.TCPConnector(limit=in_flight)
     limits = aiohttp.ClientTimeout(total=timeout)
     async with aiohttp.ClientSession(connector=connector, timeout=limits) as session:
 
         async def client():
-            for body in pending:  # one iterator for all clients
+            for place, body in pending:  # one iterator for all clients
                 try:
-                    await _one(session, f"{url}/v1/completions", body, load)
+                    await _one(session, f"{url}/v1/completions", body, load, place)
                 except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
                     load.errors.append(f"{type(error).__name__}: {error}")
 
@@ -100,8 +104,8 @@ async def run(url, bodies, *, in_flight, timeout=600.0) -> Load:
     return load
 
 
-async def _one(session, url, body, load):
-    start, last, tokens = time.perf_counter(), None, 0
+async def _one(session, url, body, load, place):
+    start, last, sent, tokens, ids = time.perf_counter(), None, 0, 0, []
     async with session.post(url, json=body) as response:
         if response.status != 200:
             raise ValueError(f"status {response.status}: {(await response.text())[:200]}")
@@ -112,14 +116,19 @@ async def _one(session, url, body, load):
             if "error" in event:
                 raise ValueError(f"error in the stream: {event['error']}")
             if not event.get("choices"):
-                tokens = event["usage"]["completion_tokens"]
+                sent, tokens = (event["usage"][f"{part}_tokens"] for part in ("prompt", "completion"))
                 continue
+            ids += event["choices"][0].get("token_ids") or []
             now = time.perf_counter()
             (load.ttft if last is None else load.gaps).append(now - (start if last is None else last))
             last = now
-    if tokens != body["max_tokens"]:
-        raise ValueError(f"{tokens} tokens came, {body['max_tokens']} were asked for")
+    if (sent, tokens) != (len(body["prompt"]), body["max_tokens"]):
+        raise ValueError(
+            f"{sent} tokens were read and {tokens} came, not {len(body['prompt'])} and {body['max_tokens']}"
+        )
     load.tokens += tokens
+    if ids:
+        load.ids[place] = ids
 
 
 def parse_model(text) -> tuple[str, list[str], str]:
@@ -129,51 +138,88 @@ def parse_model(text) -> tuple[str, list[str], str]:
     return label, names.split(",") if given else [label], url
 
 
-def bound(options, in_flight) -> float | None:
-    """Throughput with experts over that of the backbone alone, if a step of `in_flight` tokens took the time of its bytes: those of the
-    backbone / (those and the experts' that the tokens choose, each expert as likely)."""
-    if not options.bound:
-        return None
-    backbone, expert, experts, top_k = (options.bound[key] for key in ("backbone", "expert", "experts", "top_k"))
-    distinct = experts * (1 - (1 - top_k / experts) ** in_flight)
-    return backbone / (backbone + distinct * expert)
+def experts_a_step(sizes, in_flight, ids) -> float:
+    """Of so many experts a step of `in_flight` requests reads: those that its tokens choose, each counted once.
+
+    sizes: of --bound. ids: tokens of requests in the order in which they were sent. Requests of one length that are sent together stay
+    together, so the tokens at one place of `in_flight` requests are those of a step. Without ids, or where it is not known what each token
+    chooses: the mean if each expert is as likely.
+    """
+    fed = [tokens[:-1] for tokens in ids]  # the last of a request is not fed back
+    waves = [fed[first : first + in_flight] for first in range(0, len(fed) - in_flight + 1, in_flight)]
+    steps = [step for wave in waves for step in zip(*wave, strict=True)]
+    if not steps or "chosen" not in sizes:
+        return sizes["experts"] * (1 - (1 - sizes["top_k"] / sizes["experts"]) ** in_flight)
+    chosen = json.loads(Path(sizes["chosen"]).read_text())
+    return statistics.mean(len({expert for token in step for expert in chosen[token]}) for step in steps)
+
+
+def bound(sizes, experts) -> float:
+    """Throughput with experts over that of the backbone alone, if a step took the time of the weights that it reads: those of the
+    backbone / (those and the experts')."""
+    return sizes["backbone"] / (sizes["backbone"] + experts * sizes["expert"])
 
 
 def measure(options):
     """Write a row for each model, number in flight and metric; after each number, should the machine be taken away. The first model is
     what the others are compared with."""
-    found = {}
+    rows, loads, ids = [], {}, {}  # by model and number in flight: of the rounds; of the first, for warming up
+    started, run_id = time.monotonic(), time.time_ns()
+    env = {**record.environment(), "vllm": version(parse_model(options.models[0])[2] or options.url)}
     for in_flight in options.in_flight:
-        count = max(in_flight, min(options.requests, options.requests_each * in_flight))
-        for turn in range(options.rounds + 1):  # the first is for warming up
-            # Prompts of its own in each round: no cached prefix helps.
-            bodies = requests(
-                count,
-                prompt_tokens=options.prompt_tokens,
-                max_tokens=options.max_tokens,
-                vocab=options.vocab,
-                seed=1000 * in_flight + turn,
-            )
+        if options.minutes is not None and time.monotonic() > started + 60 * options.minutes:
+            print(f"{in_flight} in flight left out: {options.minutes:.1f} minutes are over")
+            break
+        for turn in range(options.rounds + 1):
             for model in options.models:
-                name, asked_for, url = parse_model(model)
-                asked = [{**body, "model": asked_for[i % len(asked_for)]} for i, body in enumerate(bodies)]
-                load = asyncio.run(run(url or options.url, asked, in_flight=in_flight))
-                for error in load.errors[:3]:
-                    print(f"{model}: {error}")
-                if not load.tokens:
-                    raise SystemExit(f"{model}: none of {len(asked)} requests was answered: {load.errors[0]}")
+                load = _load(model, in_flight, options, warming=not turn, seed=f"{run_id} {in_flight} {turn} {model}")
+                key = parse_model(model)[0], in_flight
                 if turn:
-                    found.setdefault((name, in_flight), []).append(load.metrics())
-        record.write(options.out, [row for key in found for row in _rows(found, key, options)])
+                    loads.setdefault(key, []).append(load.metrics())
+                else:
+                    ids[key] = [load.ids[place] for place in sorted(load.ids)]
+        rows += (new := [row for key in loads if key[1] == in_flight for row in _rows(loads, key, ids[key], options)])
+        known = record.appended(options.out, rows, _place, env) if options.append else rows
+        record.write(options.out, known, env, shown=new)
 
 
-def _rows(found, key, options):
+def _load(model, in_flight, options, *, warming, seed) -> Load:
+    """One round of a model. When warming, its requests ask for the ids of their tokens too."""
+    _, names, url = parse_model(model)
+    count = max(in_flight, min(options.requests, options.requests_each * in_flight))
+    sizes = {"prompt_tokens": options.prompt_tokens, "max_tokens": options.max_tokens, "vocab": options.vocab}
+    bodies = requests(count, **sizes, seed=seed)
+    more = {"return_token_ids": True} if warming and "chosen" in options.bound else {}
+    asked = [{**body, **more, "model": names[i % len(names)]} for i, body in enumerate(bodies)]
+    load = asyncio.run(run(url or options.url, asked, in_flight=in_flight))
+    for error in load.errors[:3]:
+        print(f"{model}: {error}")
+    if not load.tokens:
+        raise SystemExit(f"{model}: none of {len(asked)} requests was answered: {load.errors[0]}")
+    return load
+
+
+def version(url) -> str:
+    """Of the vLLM that answers there."""
+    try:
+        with urllib.request.urlopen(f"{url}/version", timeout=30) as answer:
+            return json.load(answer)["version"]
+    except (OSError, ValueError, KeyError):
+        return "unknown"
+
+
+def _place(row):
+    """All models of a case come from one run: they took turns, and are compared with the first of that run."""
+    return row["name"].split("/")[:-2], row["case"]
+
+
+def _rows(loads, key, ids, options):
     name, in_flight = key
     sizes = {"in_flight": in_flight, "prompt_tokens": options.prompt_tokens, "max_tokens": options.max_tokens}
     case = {**sizes, "domain": "random", **options.case}
     first = parse_model(options.models[0])[0]
     for metric, unit in METRICS.items():
-        mine, firsts = ([values[metric] for values in found[each, in_flight]] for each in (name, first))
+        mine, firsts = ([values[metric] for values in loads[each, in_flight]] for each in (name, first))
         # No ratio of errors, of which there should be none.
         against = (
             None
@@ -181,8 +227,10 @@ def _rows(found, key, options):
             else record.row(f"{options.prefix}{metric}/{first}", case, firsts, unit)
         )
         row = record.row(f"{options.prefix}{metric}/{name}", case, mine, unit, vs=against)
-        least = bound(options, in_flight) if metric == "throughput" and against else None
-        yield row if least is None else {**row, "bound": least}
+        if metric == "throughput" and name in options.bound.get("of", ()):
+            experts = experts_a_step(options.bound, in_flight, ids)
+            row |= {"bound": bound(options.bound, experts), "experts_a_step": experts}
+        yield row
 
 
 def parse(arguments=None):
@@ -208,9 +256,13 @@ def parse(arguments=None):
         "--bound",
         type=json.loads,
         default={},
-        help='JSON: bytes that a step reads, {"backbone": 1.5e10, "expert": 8.4e7, "experts": 8, "top_k": 2}',
+        help="JSON: of which models throughput has a bound, and bytes that a step reads: "
+        '{"of": ["tuned"], "backbone": 1.5e10, "expert": 8.4e7, "experts": 8, "top_k": 2, "chosen": FILE}; '
+        "FILE, which may be left out: JSON, a list of experts for each token id",
     )
     parser.add_argument("--prefix", default="", help="in front of the rows' names: tp2/")
+    parser.add_argument("--minutes", type=float, help="numbers in flight that would begin later are left out")
+    parser.add_argument("--append", action="store_true", help="keep the rows of other cases that the file has")
     parser.add_argument("--out", required=True)
     return parser.parse_args(arguments)
 

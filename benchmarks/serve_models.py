@@ -1,25 +1,35 @@
 """What serving an adapter costs on this machine: vLLM with the backbone alone, with ours, with its own LoRAs, under the same load.
 
     python benchmarks/serve_models.py --model llama-3.1-8b --r 16 64 --out benchmarks/results/h100/serve.json
-    python benchmarks/serve_models.py --model llama-2-13b --tensor-parallel 2 --without-loras --prefix tp2/ --out tp2.json
+    python benchmarks/serve_models.py --model llama-2-13b --tensor-parallel 2 --servers backbone ours --prefix tp2/ --out tp.json
+    python benchmarks/serve_models.py --model tiny --r 4 --out tiny.json -- --enforce-eager   # the plumbing, on a CPU
 
-Random weights and a tokenizer of numbers, in `--folder` (twice the weights must fit). The servers of a rank run at the same time on the
-same GPUs, each with room for its keys and values, and are loaded in turn (`serve.py`). A LoRA has the rank of all experts of a token.
+Random weights and a tokenizer of numbers, in `--folder`, where a later run finds them. The servers of a rank run at the same time on the
+same GPUs, each with room for its keys and values, and are loaded in turn (`serve.py`). A LoRA has the rank of all experts of a token; the
+eight LoRAs are one folder under eight names, and have a copy each on the GPU. What comes behind `--` goes to all servers.
+
+In parts: rows are written after each number in flight, `--append` adds those of another rank, number or prefix to the file, and
+`--minutes` leaves out what would begin later. A server that does not start is left out, with its errors, and the exit code is 1; the
+backbone must start. SIGTERM stops the servers, too.
 """
 
 import argparse
 import json
+import os
+import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
-import record
 import serve
 import torch
 from shapes import SHAPES, groups
@@ -27,8 +37,16 @@ from whole_models import EXPERTS, TINY, TOP_K, adapted, base_model
 
 SHAPES["tiny"] = {**TINY, "hidden_size": 128}  # heads of 32, the least that vLLM has on a CPU
 LORAS = 8
-PORT = 8100
-START = 400  # seconds
+START = 480  # seconds
+# The last three say where a difference comes from: vLLM's first model runner, which `ours` needs, or the part that follows the batch.
+SERVERS = ("backbone", "ours", "multilora", "backbone_first_runner", "ours_adapted_only", "ours_second_runner")
+BLOCK = 16  # tokens of a block of keys and values
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
 
 
 # --- models ---------------------------------------------------------------------------------------------------------------
@@ -36,20 +54,41 @@ START = 400  # seconds
 
 @torch.no_grad()
 def make_models(name, ranks, folder, loras, device):
-    """folder/base, folder/r16, ..., folder/lora16_0, ... : what the servers read."""
-    base = base_model(name, device)
-    base.save_pretrained(folder / "base")
-    make_tokenizer(base.config.vocab_size).save_pretrained(folder / "base")
+    """folder/base; of each rank folder/r16, folder/chosen16.json (the experts of each token id) and folder/lora16. What is there stays."""
+    wanted = ["base", *(f"{kind}{r}" for r in ranks for kind in ("r", "lora")[: 1 + loras])]
+    if all((folder / each).exists() for each in wanted):
+        return
+    base = base_model(name, device)  # the same weights every time
+    _once(folder / "base", lambda path: _save_base(base, path))
     base.config.name_or_path = base.name_or_path = str(folder / "base")
     for r in ranks:
-        router = torch.randn(EXPERTS, base.config.hidden_size, device=device) * 2 / base.config.hidden_size**0.5
-        model = adapted(base, r, router)
-        model.save_pretrained(folder / f"r{r}")
-        model.detach()
+        _once(folder / f"r{r}", lambda path, r=r: _save_adapter(base, r, path, folder / f"chosen{r}.json"))
         if loras:
-            make_loras(base, TOP_K * r, folder / f"lora{r}_0")
-            for n in range(1, LORAS):
-                shutil.copytree(folder / f"lora{r}_0", folder / f"lora{r}_{n}")
+            _once(folder / f"lora{r}", lambda path, r=r: make_lora(base, TOP_K * r, path))
+
+
+def _once(folder, save):
+    """save(folder), unless it is there: whole, or not at all."""
+    if not folder.exists():
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        start = time.monotonic()
+        save(part)
+        part.rename(folder)
+        print(f"made {folder} in {time.monotonic() - start:.0f} s")
+
+
+def _save_base(base, folder):
+    base.save_pretrained(folder)
+    make_tokenizer(base.config.vocab_size).save_pretrained(folder)
+
+
+def _save_adapter(base, r, folder, chosen):
+    hidden, embeddings = base.config.hidden_size, base.get_input_embeddings().weight
+    model = adapted(base, r, torch.randn(EXPERTS, hidden, device=embeddings.device) * 2 / hidden**0.5)
+    chosen.write_text(json.dumps(model.router.table(model).experts[:, 0].tolist()))
+    model.save_pretrained(folder)
+    model.detach()
 
 
 def make_tokenizer(size):
@@ -61,7 +100,7 @@ def make_tokenizer(size):
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", eos_token="t1")
 
 
-def make_loras(base, r, folder):
+def make_lora(base, r, folder):
     from peft import LoraConfig, get_peft_model
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -76,29 +115,56 @@ def make_loras(base, r, folder):
 # --- servers --------------------------------------------------------------------------------------------------------------
 
 
+class Server(NamedTuple):
+    """How one is started, and the names that requests ask for."""
+
+    arguments: list[str]
+    names: list[str]
+    environment: dict[str, str]
+
+
 @contextmanager
-def server(arguments, port, log):
-    """A server of its own process; its output goes to a file."""
+def running(server, port, log):
+    """A server and its workers, in a process group of their own; its output goes to a file."""
+    environment = {**ENVIRONMENT, **os.environ, **server.environment}
+    command = [sys.executable, *server.arguments, "--port", str(port)]
     with log.open("w") as output:
-        process = subprocess.Popen([sys.executable, *arguments, "--port", str(port)], stdout=output, stderr=output)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, process_group=0)
         try:
-            yield process, port, log
+            yield process
         finally:
+            if process.poll() is not None:
+                print(f"a server has ended, see {log}:\n{errors_in(log.read_text())}")
             process.terminate()
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:
-                process.kill()
+                print(f"the server on port {port} did not stop, and is killed")
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # workers that it left behind would keep the GPU's memory
 
 
-def wait_for(servers):
-    """SystemExit with the end of its output for one that does not start."""
-    end = time.monotonic() + START
-    for process, port, log in servers:
-        while not healthy(port):
-            if process.poll() is not None or time.monotonic() > end:
-                raise SystemExit(f"the server on port {port} did not start:\n{log.read_text()[-3000:]}")
-            time.sleep(1)
+def starts(process, port, end):
+    """Whether a server answers in time; waits for it."""
+    while not healthy(port):
+        if process.poll() is not None or time.monotonic() > end:
+            return False
+        time.sleep(1)
+    return True
+
+
+def errors_in(text, lines=60):
+    """The first lines that name an error, which is the cause of later ones, and the end."""
+    named = dict.fromkeys(line for line in text.splitlines() if re.search(r"(Error|Exception): ", line))
+    return "\n".join([*list(named)[:5], "...", *text.splitlines()[-lines:]])
+
+
+def free_ports(count):
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def healthy(port):
@@ -108,76 +174,97 @@ def healthy(port):
         return False
 
 
-def commands(options, folder, r):
-    """{label of the rows: (command, names that requests ask for)}."""
+def servers(options, folder, r) -> dict[str, Server]:
+    """Those asked for, by the label of their rows; the backbone first."""
     base, kind = str(folder / "base"), "float32" if options.device == "cpu" else "bfloat16"
-    shared = ["--dtype", kind, "--max-model-len", str(options.prompt_tokens + options.max_tokens + 8), *options.vllm]
+    shared = ["--dtype", kind, "--max-model-len", str(options.prompt_tokens + options.max_tokens + 8)]
     shared += ["--max-num-seqs", str(max(options.in_flight)), "--tensor-parallel-size", str(options.tensor_parallel)]
-    if options.device != "cpu":
-        shared += ["--kv-cache-memory-bytes", str(kv_bytes(options))]
+    # vLLM would take most of the memory, or refuse to start beside another server that holds some.
+    shared += ["--kv-cache-memory-bytes", str(kv_bytes(options)), "--gpu-memory-utilization", "0.05", *options.vllm]
     vllm = ["-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--model", base]
     ours = ["-m", "adafuse.cli", "serve", "--base", base, "--adapter", str(folder / f"r{r}"), "--name", "tuned"]
+    loras = [f"lora{n}" for n in range(LORAS)]
+    more = ["--enable-lora", "--max-loras", str(LORAS), "--max-lora-rank", str(TOP_K * r)]
+    more += ["--lora-modules", *(f"{name}={folder / f'lora{r}'}" for name in loras)]
+    plain, alone = [*vllm, "--served-model-name", "plain", *shared], ["--adapted-only", "--load-interval", "0"]
+    runner = [{"VLLM_USE_V2_MODEL_RUNNER": each} for each in "01"]
     found = {
-        "backbone": ([*vllm, "--served-model-name", "plain", *shared], ["plain"]),
-        "ours": ([*ours, *shared], ["tuned"]),
+        "backbone": Server(plain, ["plain"], {}),
+        "ours": Server([*ours, *shared], ["tuned"], {}),
+        "multilora": Server([*plain, *more], loras, {}),
+        "backbone_first_runner": Server(plain, ["plain"], runner[0]),
+        "ours_adapted_only": Server([*ours, *alone, *shared], ["tuned"], runner[0]),
+        "ours_second_runner": Server([*ours, *alone, *shared], ["tuned"], runner[1]),
     }
-    if options.loras:
-        loras = [f"lora{n}={folder / f'lora{r}_{n}'}" for n in range(LORAS)]
-        more = ["--enable-lora", "--max-loras", str(LORAS), "--max-lora-rank", str(TOP_K * r), "--lora-modules", *loras]
-        found["multilora"] = (
-            [*vllm, "--served-model-name", "base", *shared, *more],
-            [f"lora{n}" for n in range(LORAS)],
-        )
-    return found
+    return {label: found[label] for label in SERVERS if label in ("backbone", *options.servers)}
 
 
 def kv_bytes(options):
-    """Of a rank: room for all requests in flight, and a tenth more."""
+    """Of a rank: room for all requests in flight, and one more."""
     shape = SHAPES[options.model]
     heads = shape["num_key_value_heads"] // options.tensor_parallel
     number = 2 * shape["num_hidden_layers"] * heads * (shape["hidden_size"] // shape["num_attention_heads"])
-    return int(1.1 * 2 * number * max(options.in_flight) * (options.prompt_tokens + options.max_tokens + 16))
+    size = 4 if options.device == "cpu" else 2
+    return size * number * (max(options.in_flight) + 1) * (options.prompt_tokens + options.max_tokens + BLOCK)
 
 
 # --- load -----------------------------------------------------------------------------------------------------------------
 
 
-def step_bytes(model, r):
-    """What a step reads of weights in 16 bits, for the bound of `serve.py`."""
+def step_bytes(model, r, ranks=1):
+    """What a step reads of weights in 16 bits, on one of the tensor-parallel ranks, for the bound of `serve.py`."""
     shape, blocks = SHAPES[model], SHAPES[model]["num_hidden_layers"]
-    linears = [(g.features, width) for g in groups(model) for width in g.widths]
+    linears = [(g.name in ("o", "down"), g.features, width) for g in groups(model) for width in g.widths]
     head = shape["vocab_size"] * shape["hidden_size"]
+    # A linear that is split by its inputs has all of B on each rank, one that is split by its outputs all of A.
+    expert = sum(i / ranks + o if by_inputs else i + o / ranks for by_inputs, i, o in linears)
     return {
-        "backbone": 2 * (blocks * sum(i * o for i, o in linears) + head),
-        "expert": 2 * r * blocks * sum(i + o for i, o in linears),
+        "backbone": 2 * (blocks * sum(i * o for _, i, o in linears) + head) / ranks,
+        "expert": 2 * r * blocks * expert,
         "experts": EXPERTS,
         "top_k": TOP_K,
     }
 
 
-def measure(options, folder, r):
-    """The rows of one rank."""
-    found, out = commands(options, folder, r), folder / f"rows{r}.json"
+def measure(options, folder, r, minutes, append):
+    """Writes the rows of one rank. The labels of the servers that did not start."""
+    wanted, up, started = servers(options, folder, r), {}, time.monotonic()
     with ExitStack() as stack:
-        running = [
-            stack.enter_context(server(command, PORT + n, folder / f"{label}.log"))
-            for n, (label, (command, _)) in enumerate(found.items())
-        ]
-        wait_for(running)
-        models = []
-        for (label, (_, names)), (_, port, _) in zip(found.items(), running, strict=True):
-            url = f"http://127.0.0.1:{port}"
-            if label == "multilora":
-                models += [f"{label}_1={names[0]}@{url}", f"{label}_{len(names)}={','.join(names)}@{url}"]
-            else:
-                models.append(f"{label}={','.join(names)}@{url}")
-        sizes = ("prompt_tokens", "max_tokens", "rounds", "requests_each")
-        given = [text for name in sizes for text in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
-        case = {"model": options.model, "r": r, "num_experts": EXPERTS, "top_k": TOP_K}
-        given += ["--case", json.dumps(case), "--bound", json.dumps(step_bytes(options.model, r))]
-        given += ["--vocab", str(SHAPES[options.model]["vocab_size"]), "--prefix", options.prefix, "--out", str(out)]
-        serve.main([*given, "--in-flight", *map(str, options.in_flight), "--models", *models])
-    return json.loads(out.read_text())["rows"]
+        for (label, server), port in zip(wanted.items(), free_ports(len(wanted)), strict=True):
+            log = (options.logs or folder) / f"{options.prefix.replace('/', '-')}{label}-r{r}.log"
+            up[label] = stack.enter_context(running(server, port, log)), port
+        failed = []
+        for label, (process, port) in up.items():
+            if not starts(process, port, started + START):
+                failed.append(label)
+                process.terminate()
+        took = time.monotonic() - started
+        print(f"r {r}: servers started in {took:.0f} s" + (f", but not {', '.join(failed)}" if failed else ""))
+        if "backbone" in failed:
+            raise SystemExit("there is nothing to compare with")
+        found = [(label, server.names, up[label][1]) for label, server in wanted.items() if label not in failed]
+        models = [model for label, names, port in found for model in loads_of(label, names, f"http://127.0.0.1:{port}")]
+        left = [] if minutes is None else ["--minutes", str(minutes - took / 60)]
+        serve.main([*load_arguments(options, folder, r), *left, *["--append"][:append], "--models", *models])
+    return failed
+
+
+def loads_of(label, names, url):
+    """Of vLLM's LoRAs two: one of them is asked for, and all in turn."""
+    if label != "multilora":
+        return [f"{label}={','.join(names)}@{url}"]
+    return [f"{label}_1={names[0]}@{url}", f"{label}_{len(names)}={','.join(names)}@{url}"]
+
+
+def load_arguments(options, folder, r):
+    names = ("prompt_tokens", "max_tokens", "rounds", "requests_each", "prefix", "out")
+    given = [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
+    case = {"model": options.model, "r": r, "num_experts": EXPERTS, "top_k": TOP_K}
+    case["tensor_parallel"] = options.tensor_parallel
+    bound = step_bytes(options.model, r, options.tensor_parallel)
+    bound |= {"of": [label for label in SERVERS if label.startswith("ours")], "chosen": str(folder / f"chosen{r}.json")}
+    given += ["--case", json.dumps(case), "--bound", json.dumps(bound)]
+    return [*given, "--vocab", str(SHAPES[options.model]["vocab_size"]), "--in-flight", *map(str, options.in_flight)]
 
 
 def parse(arguments=None):
@@ -187,31 +274,43 @@ def parse(arguments=None):
     parser.add_argument("--in-flight", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests-each", type=int, default=2, help="requests of a round for each in flight")
     parser.add_argument("--tensor-parallel", type=int, default=1)
-    parser.add_argument("--without-loras", dest="loras", action="store_false", help="leave vLLM's own LoRAs out")
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=[*SERVERS[:3]], help="beside backbone")
     parser.add_argument("--prefix", default="", help="in front of the rows' names: tp2/")
-    parser.add_argument("--folder", type=Path, help="for the models; default: a temporary one")
-    parser.add_argument("--vllm", nargs="*", default=[], help="further options for all servers, after --vllm= or last")
+    parser.add_argument("--folder", type=Path, help="for the models, which stay there; default: a temporary one")
+    parser.add_argument("--models-only", action="store_true", help="make the models in --folder, and stop")
+    parser.add_argument("--logs", type=Path, help="folder for the servers' output; default: beside the models")
+    parser.add_argument("--minutes", type=float, help="ranks and numbers in flight that would begin later are left out")
+    parser.add_argument("--append", action="store_true", help="keep the rows of other cases that the file has")
     parser.add_argument("--out", required=True)
+    parser.add_argument("vllm", nargs="*", help="options for all servers, behind --")
     options = parser.parse_args(arguments)
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     return options
 
 
 def main(arguments=None):
-    options = parse(arguments)
+    options, started, failed = parse(arguments), time.monotonic(), []
     with ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="serve-")))
-        make_models(options.model, options.r, folder, options.loras, options.device)
+        folder = folder.resolve() / options.model
+        for each in (folder, *filter(None, [options.logs])):
+            each.mkdir(parents=True, exist_ok=True)
+        make_models(options.model, options.r, folder, "multilora" in options.servers, options.device)
         if options.device == "cuda":
             torch.cuda.empty_cache()
-        rows = []
-        for r in options.r:
-            rows += measure(options, folder, r)
-            record.write(options.out, rows)
+        for place, r in enumerate([] if options.models_only else options.r):
+            left = None if options.minutes is None else options.minutes - (time.monotonic() - started) / 60
+            if left is not None and left <= 0:
+                print(f"r {r} left out: {options.minutes} minutes are over")
+                break
+            failed += measure(options, folder, r, left, append=options.append or place > 0)
+    if failed:
+        raise SystemExit(f"left out: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
     main()

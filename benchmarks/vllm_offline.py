@@ -1,11 +1,12 @@
 """vLLM for a machine that has PyTorch and a GPU but no network, in files small enough to be carried there.
 
     python benchmarks/vllm_offline.py --out vllm-parts                      # here
-    cat vllm-parts/part-* | tar -x --xz -C site && export PYTHONPATH=site   # there
+    cat vllm-parts/part-* | tar -x --xz -C site && export PYTHONPATH=site:src   # there
 
 What serving a dense model in 16 bits needs: vLLM's Python files, its kernels, FlashAttention 3, and the packages that it imports. Left
 out are the kernels of mixtures of experts, of other attention, and what an image with PyTorch and transformers has already (SKIPPED).
-On the machine set VLLM_USE_FLASHINFER_SAMPLER=0.
+On the machine set VLLM_USE_FLASHINFER_SAMPLER=0. vLLM finds adafuse by its entry point: beside src/ that is src/adafuse.egg-info, which
+`pip install -e .` makes here, or there, without network, `python -m pip install --no-deps --no-build-isolation -e .`.
 """
 
 import argparse
@@ -26,9 +27,11 @@ KERNELS = ("vllm/_C_stable_libtorch.abi3.so", "vllm/vllm_flash_attn/_vllm_fa3_C.
 # There already, or not needed: other backends of attention and sampling, video, speculative decoding, builds.
 SKIPPED = re.compile(
     "torch.*|numpy|triton|transformers|tokenizers|safetensors|huggingface[-_]hub|sentencepiece|tiktoken|regex|requests|tqdm|psutil|pillow|"
-    "pyyaml|sympy|networkx|jinja2|setuptools|ninja|einops|numba|llvmlite|opencv.*|flashinfer.*|apache-tvm-ffi|tilelang|nvidia-.*|"
+    "pyyaml|sympy|networkx|jinja2|setuptools|ninja|einops|numba|llvmlite|opencv.*|flashinfer.*|tilelang|nvidia-.*|"
     "cuda-.*|fastsafetensors|quack-kernels|tokenspeed-mla|humming-kernels.*|ray|accelerate|peft|datasets|pandas|scipy"
 )
+# vLLM pins it for what is skipped; xgrammar, which vLLM imports at the start, wants a newer one.
+UNPINNED = ("apache-tvm-ffi",)
 TARGET = {
     "python_version": PYTHON,
     "python_full_version": f"{PYTHON}.0",
@@ -60,7 +63,7 @@ def collect(version, folder):
     level, known = [Requirement(f"vllm=={version}")], {"vllm"}
     while level:
         before = set(folder.glob("*.whl"))
-        download([f"{each.name}{each.specifier}" for each in level], folder)
+        download([each.name if each.name in UNPINNED else f"{each.name}{each.specifier}" for each in level], folder)
         extras = {name_of(each.name): each.extras for each in level}
         level = []
         for wheel in sorted(set(folder.glob("*.whl")) - before):
@@ -79,9 +82,14 @@ def name_of(package):
 def unpack(wheel, site):
     with zipfile.ZipFile(wheel) as files:
         for name in files.namelist():
-            compiled = name.startswith("vllm/") and (".so" in name or "/third_party/" in name or name == "vllm/vllm-rs")
-            if name in KERNELS or not compiled:
+            if name in KERNELS or not _is_left_out(name):
                 files.extract(name, site)
+
+
+def _is_left_out(name):
+    """Of vLLM what is compiled, and packages in third_party, which it would take for whole; not pynvml, without which it finds no GPU."""
+    package = name.startswith("vllm/third_party/") and name.count("/") > 2
+    return name.startswith("vllm/") and (".so" in name or package or name == "vllm/vllm-rs")
 
 
 def main():

