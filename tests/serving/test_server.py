@@ -250,24 +250,27 @@ def test_a_folder_that_changes_changes_nothing(server):
     server.check("tuned", [11, 12, 13])
 
 
+@pytest.mark.timeout(400)
 def test_many_requests_without_error_or_growth(server):
-    """64 in flight, of both models, of unequal lengths. Twice as many before fill caches and pools; vLLM alone grows
-    by some 10 MiB then.
+    """64 in flight, of both models, of unequal lengths, the same ones in every round. Pools and caches fill up (by 240 MiB, 160, 9, 0 in
+    one run, a few in some rounds of another, then 0); a leak would show in every round.
     """
-    bodies = []
-    for i in range(3 * MANY):
-        body = load_generator.requests(1, prompt_tokens=1 + 7 * i % 60, max_tokens=1 + i % 7, vocab=tiny.VOCAB, seed=i)[
-            0
-        ]
-        bodies.append({**body, "model": MODELS[i % 2]})
-    warm = asyncio.run(load_generator.run(server.url, bodies[: 2 * MANY], in_flight=64))
-    before = server.memory()
-    load = asyncio.run(load_generator.run(server.url, bodies[2 * MANY :], in_flight=64))
-    assert warm.errors == load.errors == []
-    assert load.tokens == sum(body["max_tokens"] for body in bodies[2 * MANY :])
-    grown = server.memory() - before
-    print(f"{MANY} requests in {load.seconds:.0f} s, {grown / 2**20:.1f} MiB more of {before / 2**20:.0f}")
-    assert grown < 48 * 2**20
+    sizes = [{"prompt_tokens": 1 + 7 * i % 60, "max_tokens": 1 + i % 7} for i in range(MANY)]
+    bodies = [
+        {**load_generator.requests(1, **size, vocab=tiny.VOCAB, seed=i)[0], "model": MODELS[i % 2]}
+        for i, size in enumerate(sizes)
+    ]
+
+    def growth():
+        before = server.memory()
+        load = asyncio.run(load_generator.run(server.url, bodies, in_flight=64))
+        assert load.errors == []
+        assert load.tokens == sum(size["max_tokens"] for size in sizes)
+        grown = (server.memory() - before) / 2**20
+        print(f"{MANY} requests in {load.seconds:.0f} s, {grown:.1f} MiB more of {before / 2**20:.0f}")
+        return grown
+
+    assert any(growth() < 2 for _ in range(12))
     for model in MODELS:
         server.check(model, [14, 15, 16])
 
