@@ -20,7 +20,7 @@ before it:
 * The programs that start first compute the products of a second tile before they need h, so that memory works meanwhile. They
   ask for its rows, and for its piece of B, all at once (4.48 ms without this, 4.34 ms with it).
 * Several tokens are multiplied by tensor cores, whose operands come from memory straight into the registers where they are needed
-  (`fragments`): 368 instructions for 4 rows and 8 tokens, where multiplying token by token takes 2400 and memory allows 2450.
+  (`fragments`): 368 instructions for 4 rows of 4096 features and 8 tokens, where multiply-adds take 2400 at best and memory allows 2450.
 * A tile reads a piece of 8 bytes of each row of B, which memory is slow at. The programs that compute h ask for those rows whole, into
   the L2 cache (4.59 ms without this, 4.54 ms with it, with 128 active ranks).
 
@@ -191,15 +191,15 @@ def _sums_of_all(
     products, T: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: tl.constexpr, WARPS: tl.constexpr
 ):
     """The outputs that `_products_of_all` found: of each BLOCK_T tokens [BLOCK_T, rows]."""
-    sums = ()
-    for n in tl.static_range(len(products)):
-        if STEPS > 0:
+    if STEPS > 0:
+        sums = ()
+        for n in tl.static_range(len(products)):
             sums = sums + (fragment_sum(products[n], BLOCK_T, PARTS, WARPS),)  # noqa: RUF005 - Triton's tuples
-        elif T == 1:
-            sums = sums + (tl.sum(products[n], 1)[None, :],)  # noqa: RUF005 - Triton's tuples
-        else:
-            sums = products
-    return sums
+        return sums
+    elif T == 1:  # noqa: RET505 - what is not taken must not be compiled
+        return (tl.sum(products[0], 1)[None, :],)
+    else:
+        return products
 
 
 @triton.jit
@@ -345,37 +345,40 @@ def _once_written(bits, h, mask):
 
 
 @triton.jit
-def _ranks(first, start, BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, THREADS: tl.constexpr):
-    """Token and active rank of each place of [BLOCK_T * BLOCK_J], the tokens from `first` on, the ranks from `start` on.
+def _ranks(
+    first, start, T: tl.constexpr, J: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, THREADS: tl.constexpr
+):
+    """Token and active rank of each place of [BLOCK_T * BLOCK_J], the tokens from `first` on, the ranks from `start` on; and whether there
+    are such.
 
     Place n is thread n % THREADS: a thread has ranks of one token. BLOCK_J is at least THREADS / BLOCK_T, so that no two threads
     look at the same rank: what is looked at is not cached near them.
     """
     LANES: tl.constexpr = THREADS // BLOCK_T
     n = tl.arange(0, BLOCK_T * BLOCK_J)
-    return first + n % THREADS // LANES, start + n // THREADS * LANES + n % LANES
+    token, j = first + n % THREADS // LANES, start + n // THREADS * LANES + n % LANES
+    return tl.minimum(token, T - 1), j, (token < T) & (j < J)
 
 
 @triton.jit
 def _b_of(
-    b, experts, shared_row, token, j, column, width,
-    T: tl.constexpr, K: tl.constexpr, r: tl.constexpr, S: tl.constexpr, BLOCK_O: tl.constexpr, ALIGNED: tl.constexpr,
+    b, experts, shared_row, token, j, there, column, width,
+    K: tl.constexpr, r: tl.constexpr, S: tl.constexpr, BLOCK_O: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """B of the ranks at `column`: [places, BLOCK_O], 0 past the last rank and the last token."""
-    rows = _rows(experts, tl.minimum(token, T - 1), shared_row, j, K, r, S)
+    """B of the ranks at `column`: [places, BLOCK_O], 0 where there is none."""
+    rows = _rows(experts, token, shared_row, j, K, r, S)
     pointers = b + rows.to(tl.int64)[:, None] * width + column[None, :]
     if ALIGNED:
         pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 2 * BLOCK_O)), (1, BLOCK_O))
-    return tl.load(pointers, mask=((j < K * r + S) & (token < T))[:, None], other=0.0)
+    return tl.load(pointers, mask=there[:, None], other=0.0)
 
 
 @triton.jit
 def _expanded(tile, bits, h, mask, BLOCK_T: tl.constexpr, THREADS: tl.constexpr):
     """B times h, as soon as that is there: [BLOCK_T, BLOCK_O]. bits: the first look at h."""
     hs = _once_written(bits, h, mask)
-    hs = tl.sum(
-        hs.reshape(1, tile.shape[0]), 0
-    )  # no sum: else the compiler looks at h once for each layout that the product might have
+    # A sum of one number: without it the compiler looks at h once for each layout that the product might have.
+    hs = tl.sum(hs.reshape(1, tile.shape[0]), 0)
     # An fma, which cannot be merged with the sum's first addition: of two threads that add each other's product, each would round the
     # other's only, and several copies of an element would differ in the last bit.
     products = tl.fma(tile.to(tl.float32), tl.broadcast_to(hs[:, None], tile.shape), tl.zeros(tile.shape, tl.float32))
@@ -453,19 +456,17 @@ def _decode_kernel(
         h += pid % COPIES * (T * len(base_weights) * J) + linear * J
         if AHEAD:
             for first in tl.static_range(0, T, BLOCK_T):
-                token, j = _ranks(first, 0, BLOCK_T, BLOCK_J, THREADS)
-                b_tile = _b_of(b, experts, shared_row, token, j, row, width, T, K, r, S, BLOCK_O, ALIGNED)
+                token, j, there = _ranks(first, 0, T, J, BLOCK_T, BLOCK_J, THREADS)
+                b_tile = _b_of(b, experts, shared_row, token, j, there, row, width, K, r, S, BLOCK_O, ALIGNED)
                 b_tiles = b_tiles + (b_tile,)  # noqa: RUF005 - Triton's tuples
     if PDL and not AFTER_PLAN:
         tl.extra.cuda.gdc_wait()
     products = _products_of_all(held, x, stride_x, T, I, CHUNK, PARTS, STEPS, BLOCK_T, THREADS // 32)
     bits = ()
-    if (
-        J > 0 and AHEAD
-    ):  # in all but the first programs h is there by now, and comes while sums go from thread to thread
+    if J > 0 and AHEAD:
+        # In all but the first programs h is there by now, and comes while sums go from thread to thread.
         for first in tl.static_range(0, T, BLOCK_T):
-            token, j = _ranks(first, 0, BLOCK_T, BLOCK_J, THREADS)
-            there = (token < T) & (j < J)
+            token, j, there = _ranks(first, 0, T, J, BLOCK_T, BLOCK_J, THREADS)
             bits = bits + (_look(h + token * (len(base_weights) * J) + j, there),)  # noqa: RUF005 - Triton's tuples
     tokens = tl.arange(0, BLOCK_T)
     sums = _sums_of_all(products, T, PARTS, STEPS, BLOCK_T, THREADS // 32)
@@ -477,25 +478,25 @@ def _decode_kernel(
             o2 = block2 * BLOCK_O + tl.arange(0, BLOCK_O)
             row2 = tl.minimum(o2, width2 - 1)
             held = _held_rows(w2, row2, zero, I, CHUNK, ALIGNED, False)
-            token, j = _ranks(0, 0, BLOCK_T, BLOCK_J, THREADS)
+            token, j, there = _ranks(0, 0, T, J, BLOCK_T, BLOCK_J, THREADS)
             b2 = _pick(banks_b, linear2)
-            b_tile2 = _b_of(b2, experts, shared_row, token, j, row2, width2, T, K, r, S, BLOCK_O, ALIGNED)
+            b_tile2 = _b_of(b2, experts, shared_row, token, j, there, row2, width2, K, r, S, BLOCK_O, ALIGNED)
             products2 = _products(held, x, I, CHUNK)
             h_at = h + (linear2 - linear) * J + j
-            bits2 = _look(h_at, j < J)
+            bits2 = _look(h_at, there)
             acc2 = tl.sum(products2, 1)[None, :]
-            acc2 += _expanded(b_tile2, bits2, h_at, j < J, BLOCK_T, THREADS)
+            acc2 += _expanded(b_tile2, bits2, h_at, there, BLOCK_T, THREADS)
             where = y + tokens[:, None] * stride_y + column2 + o2[None, :]
             tl.store(where, acc2.to(y.dtype.element_ty), mask=(o2 < width2)[None, :])
     for first in tl.static_range(0, T, BLOCK_T):
         acc = sums[first // BLOCK_T]
         for start in tl.static_range(0, J, BLOCK_J):
-            token, j = _ranks(first, start, BLOCK_T, BLOCK_J, THREADS)
-            h_at, there = h + token * (len(base_weights) * J) + j, (token < T) & (j < J)
+            token, j, there = _ranks(first, start, T, J, BLOCK_T, BLOCK_J, THREADS)
+            h_at = h + token * (len(base_weights) * J) + j
             if AHEAD:
                 acc += _expanded(b_tiles[first // BLOCK_T], bits[first // BLOCK_T], h_at, there, BLOCK_T, THREADS)
             else:
-                b_tile = _b_of(b, experts, shared_row, token, j, row, width, T, K, r, S, BLOCK_O, ALIGNED)
+                b_tile = _b_of(b, experts, shared_row, token, j, there, row, width, K, r, S, BLOCK_O, ALIGNED)
                 acc += _expanded(b_tile, _look(h_at, there), h_at, there, BLOCK_T, THREADS)
         where = y + (first + tokens)[:, None] * stride_y + column + o[None, :]
         tl.store(where, acc.to(y.dtype.element_ty), mask=(first + tokens < T)[:, None] & (o < width)[None, :])
