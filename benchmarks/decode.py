@@ -13,12 +13,14 @@ the time from one such copy to the next. Rows are written only if their logits a
 
 import argparse
 import fcntl
+import os
 import statistics
 import time
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import cached_property, partial
 from itertools import pairwise, product
+from pathlib import Path
 from typing import NamedTuple
 
 import record
@@ -385,9 +387,14 @@ def _layerwise_step(modules, config, backbone, gate, cache, rotary, logits):
 @contextmanager
 def alone(path):
     """While it lasts no other process that asks the same writes to this file: cases may run on several GPUs at once."""
-    with open(f"{path}.lock", "w") as lock:
+    folder = Path(path).resolve().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)  # the folder's, which leaves no file behind
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 def append(path, rows):
