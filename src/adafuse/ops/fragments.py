@@ -102,7 +102,7 @@ def fragment_products(
     for step in tl.static_range(len(held)):
         a = _load(first, column, step, PART, I, PARTS, WARPS, False)
         a_2 = tl.zeros_like(a)
-        if PARTS > 1 or T > 8:  # else rows 8 to 15 of A are no token
+        if PARTS > 1:  # else rows 8 to 15 of A are no token: there are 8 at most
             a_2 = _load(second, column_2, step, PART, I, PARTS, WARPS, False)
         c = _mma(held[step], a, a_2, c, x.dtype.element_ty, WARPS)
     return c
@@ -145,14 +145,20 @@ def _numbers(fragment, DTYPE: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def fragment_sum(c, BLOCK_T: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr):
-    """What `fragment_products` found of the first BLOCK_T tokens, summed over parts and warps: [BLOCK_T, 8 / PARTS rows]."""
+    """What `fragment_products` found of the first BLOCK_T <= 8 tokens, summed over parts and warps: [BLOCK_T, 8 / PARTS rows].
+
+    One axis after another, each of neighbouring lanes: Triton 3.6 adds the wrong ones where lanes of an axis have others between them.
+    """
     ROWS: tl.constexpr = 8 // PARTS
     TOKENS: tl.constexpr = 16 // PARTS
-    REST: tl.constexpr = TOKENS // BLOCK_T
+    PAIRS: tl.constexpr = (ROWS + 1) // 2
     _, g, q = _lane(WARPS)
     register = tl.arange(0, 4)[None, :]
     m, n = register // 2 * 8 + g[:, None], q[:, None] * 2 + register % 2
     c = tl.where((m // TOKENS == n // ROWS) & (m % TOKENS < BLOCK_T), c, 0.0)
-    c = c.reshape(WARPS, 8, 4, 2, 2).permute(0, 3, 1, 2, 4)  # warp, then m in two axes, then n in two
-    c = c.reshape(WARPS, PARTS, REST, BLOCK_T, PARTS, ROWS).permute(0, 1, 2, 4, 3, 5)
-    return tl.sum(c.reshape(WARPS * PARTS * REST * PARTS, BLOCK_T, ROWS), 0)
+    c = c.reshape(WARPS, 8 // BLOCK_T, BLOCK_T, 4 // PAIRS, PAIRS, 2, 2)  # g in two axes, q in two, m // 8, n % 2
+    c = tl.sum(c, 5)
+    if ROWS == 1:
+        c = tl.sum(c, 5, keep_dims=True)
+    c = tl.sum(tl.sum(c, 3), 1)
+    return tl.sum(c, 0).reshape(BLOCK_T, ROWS)
