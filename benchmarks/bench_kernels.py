@@ -243,7 +243,7 @@ def main():
         measure("stack", stack_rows, model)
         if model == (args.model or MODELS[0]):
             measure("switch", switch_rows, model)
-            for tokens in (8, 32, 64, 256):
+            for tokens in (2, 4, 8, 32, 64, 256):
                 measure("batch", batch_rows, model, tokens, f"batch/T{tokens}", 20)
             measure("batch", batch_rows, model, 2048, "prefill/T2048", 8)
 

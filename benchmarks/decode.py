@@ -398,9 +398,9 @@ def alone(path):
 
 
 def append(path, rows):
-    """Rows of further cases to a file of the same machine and commit: model by model, contexts and batches in order."""
+    """Rows of further cases to a file of the same machine and commit: models as in SHAPES, contexts and batches in order."""
+    models = list(SHAPES)
     rows = record.appended(path, rows, _place)
-    models = list(dict.fromkeys(row["case"]["model"] for row in rows))
     return sorted(rows, key=lambda row: (models.index(row["case"]["model"]), *_place(row)[2:]))
 
 

@@ -3,6 +3,22 @@
 from typing import NamedTuple
 
 SHAPES = {
+    "llama-2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
+    "mistral-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+    },
     "llama-3.2-1b": {
         "hidden_size": 2048,
         "intermediate_size": 8192,
@@ -20,28 +36,12 @@ SHAPES = {
         "num_key_value_heads": 8,
         "vocab_size": 128256,
     },
-    "llama-2-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-    },
     "llama-2-13b": {
         "hidden_size": 5120,
         "intermediate_size": 13824,
         "num_hidden_layers": 40,
         "num_attention_heads": 40,
         "num_key_value_heads": 40,
-        "vocab_size": 32000,
-    },
-    "mistral-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
         "vocab_size": 32000,
     },
 }

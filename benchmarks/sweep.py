@@ -32,14 +32,12 @@ DECODE = (
 # Of `decode` with several tokens, by tensor cores.
 FEW = (
     {},
-    {"block_j": 2},
+    {"block_j": 1},
     {"block_j": 4},
-    {"chunks": 1},
-    {"chunks": 8},
+    {"chunks": 2},
+    {"chunks": 4},
     {"resident": 0},
-    {"block_o": 2},
     {"block_o": 8},
-    {"num_warps": 8, "resident": 2},
 )
 CROWD = ({}, {"prefetch": 0}, {"block_i": 64, "num_stages": 6}, {"block_r": 64}, {"num_warps": 8}, {"slots": 250})
 SPLITS_AND_BLOCKS = ((1, 32, 128), (1, 32, 256), (1, 64, 128), (2, 32, 128), (2, 64, 128), (4, 64, 64), (4, 128, 64))

@@ -137,13 +137,15 @@ def test_appending_keeps_other_cases_and_takes_the_place_of_the_same(monkeypatch
     import record
 
     def row(batch, **case):
-        return {"name": "graphed/mola", "case": {"model": "tiny", "context": 1, "batch": batch, **case}}
+        return {"name": "graphed/mola", "case": {"model": "mistral-7b", "context": 1, "batch": batch, **case}}
 
     path = tmp_path / "decode.json"
     assert decode.append(path, [row(1)]) == [row(1)]
     path.write_text(json.dumps({"env": record.environment(), "rows": [row(1, form="graph"), row(2)]}))
     assert decode.append(path, [row(1, form="fused")]) == [row(1, form="fused"), row(2)]
     assert decode.append(path, [row(4)]) == [row(1, form="graph"), row(2), row(4)]
+    first = row(8, model="llama-2-7b")
+    assert decode.append(path, [first]) == [first, row(1, form="graph"), row(2)]
     path.write_text(json.dumps({"env": {**record.environment(), "git": "another"}, "rows": []}))
     with pytest.raises(SystemExit, match=r"is of another git \(another\); write to another file"):
         decode.append(path, [row(1)])

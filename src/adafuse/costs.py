@@ -32,9 +32,11 @@ LATE = 0.77  # while a kernel multiplies nothing
 MATMUL = 0.99  # by ops/matmul.py, of what the vendor's reaches
 TILES = 0.7  # by ops/batch.py
 DENSE = 0.7  # by the vendor's matmuls over the ranks of all experts
-# ops/decode.py reads at full rate with one token. It multiplies without tensor cores: each further token adds so much of that time, without
-# and with adapters.
-DECODE_MORE = (0.18, 0.33)
+# ops/decode.py reads at full rate with one token. With several each further one adds so much of the base's time, and each reads its own
+# experts, mostly from the L2 cache, at that share of memory's rate.
+DECODE_MORE, DECODE_EACH = 0.033, 0.62
+# Without tensor cores a further token adds so much of all its time, without and with adapters.
+DECODE_WITHOUT = (0.18, 0.33)
 # FLOPs of bf16 matmuls, a clock and multiprocessor, by compute capability: what NVIDIA states (fp32 sums, no sparsity).
 TENSOR_FLOPS = {
     (7, 5): 1024,
@@ -49,11 +51,12 @@ TENSOR_FLOPS = {
 
 
 class Device(NamedTuple):
-    """Bytes a second from memory and FLOPs a second of a bf16 matmul that are reached, and multiprocessors."""
+    """Bytes a second from memory and FLOPs a second of a bf16 matmul that are reached, multiprocessors, whether `ops.fragments` runs."""
 
     read: float
     flops: float
     processors: int
+    fragments: bool = True
 
     @classmethod
     @cache
@@ -73,6 +76,7 @@ class Device(NamedTuple):
             READ_SHARE * memory or H100.read,
             FLOPS_SHARE * peak or H100.flops * found.multi_processor_count / H100.processors,
             found.multi_processor_count,
+            found.major >= 8,
         )
 
 
@@ -236,8 +240,19 @@ def _one_launch(step, layer, read, computed, rate):
 
 
 def _decode(step, layer):
-    rate = 1 / (1 + DECODE_MORE[step.config is not None] * (step.tokens - 1))
-    return _one_launch(step, layer, step.reached, step.active, rate)
+    return _one_launch(step, layer, step.reached, step.active, 1 / _longer(step, layer))
+
+
+def _longer(step, layer):
+    """How many times as long as reading what is needed, once, `ops.decode` takes."""
+    i, o, n, more = *layer[:3], step.tokens - 1
+    if not (step.device.fragments and step.itemsize == 2 and _on_16_bytes(step, i)):
+        return 1 + DECODE_WITHOUT[step.config is not None] * more
+    if more == 0:
+        return 1
+    of_a_rank = n * i + o
+    taken = i * o * (1 + DECODE_MORE * more) + step.tokens * step.active * of_a_rank / DECODE_EACH
+    return taken / (i * o + step.reached * of_a_rank)
 
 
 def _crowd(step, layer):
