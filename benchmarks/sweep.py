@@ -32,8 +32,6 @@ DECODE = (
 # Of `decode` with several tokens, by tensor cores.
 FEW = (
     {},
-    {"block_j": 1},
-    {"block_j": 4},
     {"chunks": 2},
     {"chunks": 4},
     {"resident": 0},

@@ -1,6 +1,9 @@
 """Every form of "fused", and "switch", over sizes and kinds of routing, in memory poisoned with NaN, against float64."""
 
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,6 +148,20 @@ def test_switch_in_the_interpreter(num_experts, top_k, r):
     torch.manual_seed(0)
     config = AdaFuseConfig(num_experts=num_experts, top_k=top_k, r=r, shared_rank=3)
     check_switch(torch.float32, config, (40, 24))
+
+
+@pytest.mark.skipif(ON_GPU, reason="the kernels that it needs are compiled by the tests that run them")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles_for_a_gpu(capability, tmp_path):
+    """The interpreter takes what the compiler refuses."""
+    script = Path(__file__).with_name("compiled.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    found = subprocess.run(
+        [sys.executable, str(script), str(capability)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert "kernels compiled" in found.stdout
 
 
 @pytest.mark.skipif(ON_GPU, reason="compute-sanitizer runs it on the GPU")

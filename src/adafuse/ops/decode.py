@@ -21,6 +21,8 @@ before it:
   ask for its rows, and for its piece of B, all at once (4.48 ms without this, 4.34 ms with it).
 * Several tokens are multiplied by tensor cores, whose operands come from memory straight into the registers where they are needed
   (`fragments`): 368 instructions for 4 rows of 4096 features and 8 tokens, where multiply-adds take 2400 at best and memory allows 2450.
+  The programs that compute h then take some ranks of an expert for all tokens that chose it. A rank of a token each would be 768 programs for 4
+  tokens of 128 ranks and 3 linears: more than a device holds at once, so that no rows of W would be asked for while the input is not there.
 * A tile reads a piece of 8 bytes of each row of B, which memory is slow at. The programs that compute h ask for those rows whole, into
   the L2 cache (4.59 ms without this, 4.54 ms with it, with 128 active ranks).
 
@@ -252,11 +254,119 @@ def _shrink_block(
     if WAIT:
         tl.extra.cuda.gdc_wait()
     total = tl.sum(_products(held, x + token * stride_x, I, CHUNK), 1) * scale
+    where = h + (token * len(banks_a) + linear) * J + j
+    _store_copies(where, total, j < J, T * len(banks_a) * J, COPIES)
+
+
+@triton.jit
+def _shrink_expert(
+    x,
+    banks_a,
+    banks_b,
+    experts,
+    weights,
+    h,
+    stride_x,
+    shared_row,
+    shared_scale,
+    zero,
+    pid,
+    widths: tl.constexpr,
+    T: tl.constexpr,
+    I: tl.constexpr,
+    K: tl.constexpr,
+    r: tl.constexpr,
+    S: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BY_EXPERT: tl.constexpr,
+    PARTS: tl.constexpr,
+    STEPS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    COPIES: tl.constexpr,
+    WAIT: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """8 / PARTS ranks of one expert of one linear, by tensor cores, for all tokens that chose it: block `pid` of the linears' blocks.
+
+    BY_EXPERT: a slot is an expert, and nothing is done if nobody chose it. Else it is a choice, and nothing is done if an earlier one is of
+    the same expert. The shared expert's blocks, which are every token's, come last.
+    """
+    J: tl.constexpr = K * r + S
+    ROWS: tl.constexpr = 8 // PARTS
+    N: tl.constexpr = BLOCK_T * ROWS
+    BLOCKS: tl.constexpr = (r + ROWS - 1) // ROWS
+    ROUTED: tl.constexpr = SLOTS * BLOCKS
+    OF_LINEAR: tl.constexpr = ROUTED + (S + ROWS - 1) // ROWS
+    CHOICES: tl.constexpr = 128 if T * K > 64 else 64 if T * K > 32 else 32
+    linear, n = pid // OF_LINEAR, pid % OF_LINEAR
+    slot, block = n // BLOCKS, n % BLOCKS
+    choice = tl.arange(0, CHOICES)
+    chosen = tl.load(experts + choice, mask=choice < T * K, other=-1)
+    expert = slot
+    if not BY_EXPERT:
+        expert = tl.load(experts + tl.minimum(slot, T * K - 1))
+    same = (chosen == expert).to(tl.int32)
+    wanted = tl.sum(same, 0) > 0
+    if not BY_EXPERT:
+        wanted = tl.sum(tl.where(choice < slot, same, 0), 0) == 0
+    begin, ranks, at, shared = expert * r, r, block * ROWS, False
+    if S > 0:
+        shared = n >= ROUTED
+        at = tl.where(shared, (n - ROUTED) * ROWS, at)
+        begin, ranks = tl.where(shared, shared_row, begin), tl.where(shared, S, ranks)
+        wanted = wanted | shared
+    if wanted:
+        first_row, last_row = begin + at, begin + ranks - 1
+        held = held_fragments(_pick(banks_a, linear), first_row, last_row, zero, I, PARTS, STEPS, CHUNKS, WARPS)
+        if PREFETCH:
+            thread = tl.arange(0, 32 * WARPS)
+            b, width = _pick(banks_b, linear), _pick(widths, linear)
+            row = tl.minimum(first_row + thread, last_row)
+            there = (thread < ROWS) & (first_row + thread <= last_row)
+            _prefetch(
+                b + row.to(tl.int64) * width, tl.where(there, width * (b.dtype.element_ty.primitive_bitwidth // 8), 0)
+            )
+        if WAIT:
+            tl.extra.cuda.gdc_wait()
+        rank = at + tl.arange(0, ROWS)
+        for first in tl.static_range(0, T, BLOCK_T):
+            token = first + tl.arange(0, BLOCK_T)
+            j0, scale, there = _place_of(experts, weights, token, expert, T, K, r)
+            if S > 0:
+                j0, scale = tl.where(shared, J - S, j0), tl.where(shared, shared_scale, scale)
+                there = there | (shared & (token < T))
+            c = fragment_products(held, x, stride_x, first, T, I, PARTS, WARPS)
+            total = fragment_sum(c, BLOCK_T, PARTS, WARPS) * scale[:, None]
+            where = h + (token * len(banks_a) + linear)[:, None] * J + j0[:, None] + rank[None, :]
+            mask = there[:, None] & (rank < ranks)[None, :]
+            _store_copies(where.reshape(N), total.reshape(N), mask.reshape(N), T * len(banks_a) * J, COPIES)
+
+
+@triton.jit
+def _place_of(experts, weights, token, expert, T: tl.constexpr, K: tl.constexpr, r: tl.constexpr):
+    """Of tokens: their first active rank of an expert, its scaled weight, and whether they chose it at all."""
+    j0, scale = tl.zeros_like(token), tl.zeros(token.shape, tl.float32)
+    there = token < 0
+    for k in tl.static_range(K):
+        at = token * K + k
+        mine = tl.load(experts + at, mask=token < T, other=-1) == expert
+        j0 = tl.where(mine, k * r, j0)
+        scale = tl.where(mine, tl.load(weights + at, mask=mine, other=0.0), scale)
+        there = there | mine
+    return j0, scale, there
+
+
+@triton.jit
+def _store_copies(where, total, mask, stride, COPIES: tl.constexpr):
+    """Numbers of h [N], as bits that are never EMPTY, into each copy."""
     bits = total.to(tl.int32, bitcast=True)
     bits = tl.where(bits == EMPTY, QUIET_NAN, bits)
-    copy = tl.arange(0, COPIES) * (T * len(banks_a) * J)
-    where = h + (token * len(banks_a) + linear) * J + j[None, :] + copy[:, None]
-    tl.store(where, tl.broadcast_to(bits[None, :], [COPIES, BLOCK_J]), mask=(j < J)[None, :])
+    copy = tl.arange(0, COPIES) * stride
+    tl.store(
+        where[None, :] + copy[:, None], tl.broadcast_to(bits[None, :], [COPIES, bits.shape[0]]), mask=mask[None, :]
+    )
 
 
 @triton.jit(do_not_specialize=["zero"])
@@ -409,6 +519,8 @@ def _decode_kernel(
     r: tl.constexpr,
     S: tl.constexpr,
     SHRINKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BY_EXPERT: tl.constexpr,
     COPIES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -425,9 +537,9 @@ def _decode_kernel(
     AFTER_PLAN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The first SHRINKS * T programs compute h, BLOCK_SHRINK ranks of a token each; the others a tile of BLOCK_O outputs of a linear,
-    all tokens. The first `seconds` of these compute another tile. STEPS > 0: by tensor cores (`fragments`). AHEAD: B is asked for before h
-    is there."""
+    """The first SHRINKS programs compute h, BLOCK_SHRINK ranks of a token each; the others a tile of BLOCK_O outputs of a linear, all
+    tokens. The first `seconds` of these compute another tile. STEPS > 0: by tensor cores (`fragments`), and h by BLOCK_O ranks of an
+    expert. AHEAD: B is asked for before h is there."""
     J: tl.constexpr = K * r + S
     pid = tl.program_id(0)
     if PDL and AFTER_PLAN:
@@ -435,14 +547,22 @@ def _decode_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     if J > 0:  # noqa: SIM102 - nested, so that the first is decided by the compiler
-        if pid < SHRINKS * T:
-            _shrink_block(
-                x, banks_a, experts, weights, h, stride_x, shared_row, shared_scale, zero, pid % SHRINKS, pid // SHRINKS,
-                T, I, K, r, S, BLOCK_SHRINK, CHUNK, ALIGNED, COPIES, PDL and not AFTER_PLAN,
-                banks_b, widths, THREADS if PREFETCH else 0,
-            )  # fmt: skip
+        if pid < SHRINKS:
+            if STEPS > 0:
+                _shrink_expert(
+                    x, banks_a, banks_b, experts, weights, h, stride_x, shared_row, shared_scale, zero, pid, widths,
+                    T, I, K, r, S, SLOTS, BY_EXPERT, PARTS, STEPS, CHUNKS, BLOCK_T, COPIES, PDL and not AFTER_PLAN,
+                    PREFETCH, THREADS // 32,
+                )  # fmt: skip
+            else:
+                _shrink_block(
+                    x, banks_a, experts, weights, h, stride_x, shared_row, shared_scale, zero,
+                    pid % (SHRINKS // T), pid // (SHRINKS // T),
+                    T, I, K, r, S, BLOCK_SHRINK, CHUNK, ALIGNED, COPIES, PDL and not AFTER_PLAN,
+                    banks_b, widths, THREADS if PREFETCH else 0,
+                )  # fmt: skip
             return
-    tile = pid - SHRINKS * T
+    tile = pid - SHRINKS
     w, linear, block, column, width = _tile_of(tile, base_weights, widths, BLOCK_O)
     o = block * BLOCK_O + tl.arange(0, BLOCK_O)
     row = tl.minimum(o, width - 1)  # outputs past the last are computed from the last row, and not stored
@@ -566,11 +686,11 @@ class Tile:
         """For several tokens by tensor cores: the fewest warps that hold two rows, or more, in 64 registers a thread.
 
         All rows at once: 2, 4 and 8 tokens of rank 16 took 4.58, 4.65 and 5.78 ms so, 4.78, 4.95 and 6.29 a quarter at a time (the linears
-        of Llama-2-7B, H100). Two ranks of A a program: 8 tokens then 5.88, of rank 64 8.48 instead of 8.69.
+        of Llama-2-7B, H100).
         """
         shapes = ((rows, num_warps) for num_warps in (4, 8, 16) for rows in (8, 4, 2))
-        tiles = (cls(rows, num_warps, chunks=1, block_j=2, resident=16 // num_warps) for rows, num_warps in shapes)
-        return next((tile for tile in tiles if tile.steps(features) <= 16), cls(1, 16, chunks=1, block_j=2, resident=1))
+        tiles = (cls(rows, num_warps, chunks=1, resident=16 // num_warps) for rows, num_warps in shapes)
+        return next((tile for tile in tiles if tile.steps(features) <= 16), cls(1, 16, chunks=1, resident=1))
 
     @classmethod
     def default(cls, features: int, itemsize: int) -> Tile:
@@ -609,17 +729,18 @@ def decode(
         _check_h("h", h, ("C", len(x), len(base_weights), chosen.active))
     tokens, features = x.shape
     widths = tuple(len(w) for w in base_weights)
-    tensor_cores = _for_tensor_cores(x, *base_weights) and (tile is None or tile.block_o <= 8)
+    tensor_cores = _for_tensor_cores(x, *base_weights, *banks_a) and (tile is None or tile.block_o <= 8)
     tile = tile or (Tile.of_fragments(features) if tensor_cores else Tile.default(features, x.element_size()))
     adapted = chosen is not None
-    shrinks = len(widths) * cdiv(chosen.active, tile.block_j) if adapted else 0
+    slots = min(chosen.num_experts, chosen.experts.numel()) if adapted else 0
+    shrinks = len(widths) * _shrinks_of_a_linear(chosen, slots, tile, tensor_cores) if adapted else 0
     tiles = sum(cdiv(width, tile.block_o) for width in widths)
-    places = max(0, processors(x) * tile.resident - tokens * shrinks)
+    places = max(0, processors(x) * tile.resident - shrinks)
     seconds = max(0, min(places, tiles - places)) if adapted and tokens == 1 else 0
     aligned = _aligned(features, *base_weights, *banks_a, *banks_b) and all(
         width % max(8, tile.block_o) == 0 for width in widths
     )
-    grid = (tokens * shrinks + tiles - seconds,)
+    grid = (shrinks + tiles - seconds,)
     threads, block_t, block_j = 32 * tile.num_warps, next_power_of_2(tokens), 1
     if tensor_cores:
         block_t = min(block_t, 2 * tile.block_o)
@@ -651,6 +772,8 @@ def decode(
             r=chosen.r if adapted else 1,
             S=chosen.shared_rank if adapted else 0,
             SHRINKS=shrinks,
+            SLOTS=slots,
+            BY_EXPERT=adapted and slots == chosen.num_experts,
             COPIES=len(h) if adapted else 1,
             BLOCK_T=block_t,
             BLOCK_O=tile.block_o,
@@ -669,6 +792,13 @@ def decode(
             **launch_options(pdl, maxnreg=tile.maxnreg if tokens == 1 or tensor_cores else None),
         )
     return out
+
+
+def _shrinks_of_a_linear(chosen, slots, tile, tensor_cores):
+    """Programs that compute h: of some ranks of a token, or of an expert, or, where there are more experts than choices, of a choice."""
+    if not tensor_cores:
+        return len(chosen.experts) * cdiv(chosen.active, tile.block_j)
+    return slots * cdiv(chosen.r, tile.block_o) + cdiv(chosen.shared_rank, tile.block_o)
 
 
 def shrink(x, banks_a, chosen: Chosen, out, *, pdl=False, num_warps=4):

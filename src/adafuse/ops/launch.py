@@ -28,6 +28,11 @@ def launch_options(pdl: bool, maxnreg: int | None = None) -> dict:
     return options | ({"maxnreg": maxnreg} if maxnreg else {})
 
 
+def can_launch(tensor: torch.Tensor) -> bool:
+    """Whether kernels run on the tensor: it is on a GPU, or they are interpreted."""
+    return tensor.is_cuda or INTERPRETED.value
+
+
 def processors(tensor: torch.Tensor) -> int:
     """Multiprocessors of the tensor's device; an H100's for the interpreter."""
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from adafuse.ops.launch import INTERPRETED, cdiv, next_power_of_2
+from adafuse.ops.launch import can_launch, cdiv, next_power_of_2
 
 KEY_BITS = 62  # of an int64, leaving the sign alone
 ROUTING = ["order", "gates", "counts", "blocks"]  # may be views of one decision of several, at any address
@@ -98,9 +98,7 @@ def lay_out(experts, weights, *, num_experts, r, shared_rank=0, shared_scale=1.0
         raise ValueError(f"block_t {block_t} and block_r {block_r} must be powers of two of at least 16")
 
     sizes = {"r": r, "shared_rank": shared_rank, "block_t": block_t, "block_r": block_r}
-    on_kernels = (
-        (experts.is_cuda or INTERPRETED.value) and 0 < tokens <= MOST_SORTED and cdiv(rank, block_r) <= KEY_BITS
-    )
+    on_kernels = can_launch(experts) and 0 < tokens <= MOST_SORTED and cdiv(rank, block_r) <= KEY_BITS
     laid_out = (_by_kernels if on_kernels else _by_torch)(experts, weights, num_experts, shared_scale, **sizes)
     return Tiles(*laid_out, **sizes, top_k=top_k)
 
