@@ -12,15 +12,11 @@ the time from one such copy to the next. Rows are written only if their logits a
 """
 
 import argparse
-import fcntl
-import os
 import statistics
 import time
-from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import cached_property, partial
 from itertools import pairwise, product
-from pathlib import Path
 from typing import NamedTuple
 
 import record
@@ -384,19 +380,6 @@ def _layerwise_step(modules, config, backbone, gate, cache, rotary, logits):
     return LayerwiseStep(backbone, modules, config, cache, rotary, logits)
 
 
-@contextmanager
-def alone(path):
-    """While it lasts no other process that asks the same writes to this file: cases may run on several GPUs at once."""
-    folder = Path(path).resolve().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)  # the folder's, which leaves no file behind
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
 def append(path, rows):
     """Rows of further cases to a file of the same machine and commit: models as in SHAPES, contexts and batches in order."""
     models = list(SHAPES)
@@ -445,7 +428,7 @@ def main():
             rows += bench.rows.values()
             wrong += bench.wrong
             if rows:
-                with alone(args.out):
+                with record.alone(args.out):
                     record.write(args.out, append(args.out, rows) if args.append else rows)
         del bench
         free()

@@ -14,8 +14,9 @@ from layerwise_token import one_launch
 
 from adafuse.engine.kernels import Step
 from adafuse.engine.linears import Linear
-from adafuse.ops.decode import EMPTY, _tile_of, copies_of_h
+from adafuse.ops.decode import tile_of
 from adafuse.ops.launch import cdiv, launch_options, next_power_of_2, wait_for_inputs
+from adafuse.ops.ranks import EMPTY, copies_of_h
 
 BLOCK_O = 64
 
@@ -27,7 +28,7 @@ def _choose_and_add_kernel(
 ):  # fmt: skip
     """A program: BLOCK_O outputs of a linear for a token. wide [T, TOTAL + M (E R + E)]: outputs of the base; h and logits by linear."""
     wait_for_inputs(PDL)
-    b, linear, block, column, width = _tile_of(tl.program_id(0), banks_b, widths, BLOCK_O)
+    b, linear, block, column, width = tile_of(tl.program_id(0), banks_b, widths, BLOCK_O)
     wide += tl.program_id(1) * stride_wide
     mine = wide + TOTAL + linear * (E * R + E)
     e, i, o = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_R), block * BLOCK_O + tl.arange(0, BLOCK_O)

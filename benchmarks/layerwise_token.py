@@ -7,27 +7,17 @@ rows of W, then choose, each for itself, and add B h of the chosen experts.
 import triton
 import triton.language as tl
 
-from adafuse.ops.decode import (
-    EMPTY,
-    QUIET_NAN,
-    Tile,
-    _aligned,
-    _columns,
-    _held_rows,
-    _look,
-    _once_written,
-    _pick,
-    _products,
-    _tile_of,
-)
+from adafuse.ops.checks import aligned_rows, padded
+from adafuse.ops.decode import Tile, tile_of
 from adafuse.ops.launch import cdiv, launch_options, next_power_of_2, processors
+from adafuse.ops.ranks import EMPTY, QUIET_NAN, held_rows, look, once_written, pick_part, products_of
 
 
 @triton.jit
 def _choose(h, E: tl.constexpr, K: tl.constexpr, R: tl.constexpr, THREADS: tl.constexpr):
     """Experts and weights of the K best logits, as tuples; they are behind the h of all experts, and EMPTY until written."""
     e = tl.arange(0, THREADS)  # as many as threads: see `ops.decode`
-    z = _once_written(_look(h + E * R + e, e < E), h + E * R + e, e < E)
+    z = once_written(look(h + E * R + e, e < E), h + E * R + e, e < E)
     z = tl.where(e < E, z, float("-inf"))
     p = tl.exp(z - tl.max(z, 0))
     p = p / tl.sum(p, 0)
@@ -64,7 +54,7 @@ def _experts(
     tile = tl.load(pointers, mask=(j < K * R)[:, None], other=0.0)
     place = tl.arange(0, THREADS if THREADS > BLOCK_J else BLOCK_J)
     h_at, mine = h + _of_slot(experts, place, R) * R + place % R, place < K * R
-    hs = tl.where(mine, _once_written(_look(h_at, mine), h_at, mine), 0.0)
+    hs = tl.where(mine, once_written(look(h_at, mine), h_at, mine), 0.0)
     hs = tl.sum(hs.reshape(place.shape[0] // BLOCK_J, BLOCK_J), 0) * _of_slot(weights, j, R) * (scale / total)
     return tl.sum(tile.to(tl.float32) * hs[:, None], 0)
 
@@ -82,10 +72,10 @@ def _base(
     WAIT: tl.constexpr,
 ):
     """Products of rows of a matrix and x, not yet summed. WAIT: for x, when the rows have been asked for."""
-    held = _held_rows(w, row, zero, I, CHUNK, ALIGNED, PATIENT)
+    held = held_rows(w, row, zero, I, CHUNK, ALIGNED, PATIENT)
     if WAIT:
         tl.extra.cuda.gdc_wait()
-    return _products(held, x, I, CHUNK)
+    return products_of(held, x, I, CHUNK)
 
 
 @triton.jit(do_not_specialize=["zero", "seconds"])
@@ -103,7 +93,7 @@ def _layerwise_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     if pid < SHRINKS:
-        w, linear, block, _, width = _tile_of(pid, inner_rows, inner, BLOCK_O)
+        w, linear, block, _, width = tile_of(pid, inner_rows, inner, BLOCK_O)
         n = block * BLOCK_O + tl.arange(0, BLOCK_O)
         total = tl.sum(_base(w, tl.minimum(n, width - 1), x, zero, I, CHUNK, ALIGNED, False, PDL), 1)
         bits = total.to(tl.int32, bitcast=True)
@@ -114,12 +104,12 @@ def _layerwise_kernel(
         return
     h += pid % COPIES * (len(base_weights) * ROWS)
     tile = pid - SHRINKS
-    w, linear, block, column, width = _tile_of(tile, base_weights, widths, BLOCK_O)
+    w, linear, block, column, width = tile_of(tile, base_weights, widths, BLOCK_O)
     o = block * BLOCK_O + tl.arange(0, BLOCK_O)
     row = tl.minimum(o, width - 1)
     acc = tl.sum(_base(w, row, x, zero, I, CHUNK, ALIGNED, True, PDL), 1)
     if tile < seconds:
-        w2, linear2, block2, column2, width2 = _tile_of(
+        w2, linear2, block2, column2, width2 = tile_of(
             tl.num_programs(0) - SHRINKS + tile, base_weights, widths, BLOCK_O
         )
         o2 = block2 * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -127,7 +117,7 @@ def _layerwise_kernel(
         acc2 = tl.sum(_base(w2, row2, x, zero, I, CHUNK, ALIGNED, False, False), 1)
         acc2 += _experts(
             h + linear2 * ROWS,
-            _pick(banks_b, linear2),
+            pick_part(banks_b, linear2),
             row2,
             width2,
             scale,
@@ -141,7 +131,7 @@ def _layerwise_kernel(
         )
         tl.store(y + column2 + o2, acc2.to(y.dtype.element_ty), mask=o2 < width2)
     acc += _experts(
-        h + linear * ROWS, _pick(banks_b, linear), row, width, scale, E, K, R, BLOCK_J, BLOCK_O, THREADS, ALIGNED
+        h + linear * ROWS, pick_part(banks_b, linear), row, width, scale, E, K, R, BLOCK_J, BLOCK_O, THREADS, ALIGNED
     )
     tl.store(y + column + o, acc.to(y.dtype.element_ty), mask=o < width)
 
@@ -157,12 +147,12 @@ def one_launch(x, base_weights, inner_rows, banks_b, h, out, config, *, pdl):
     shrinks, tiles = (sum(cdiv(n, tile.block_o) for n in sizes) for sizes in (inner, widths))
     places = max(0, processors(x) * tile.resident - shrinks)
     seconds = max(0, min(places, tiles - places))
-    aligned = _aligned(features, *base_weights, *inner_rows, *banks_b) and all(
+    aligned = aligned_rows(features, *base_weights, *inner_rows, *banks_b) and all(
         n % max(8, tile.block_o) == 0 for n in widths
     )
     _layerwise_kernel[(shrinks + tiles - seconds,)](
         x, tuple(base_weights), tuple(inner_rows), tuple(banks_b), h, out, config.scale, seconds, 0, widths=widths, inner=inner,
         I=features, E=config.num_experts, K=config.top_k, R=config.r, SHRINKS=shrinks, COPIES=len(h), BLOCK_O=tile.block_o,
-        BLOCK_J=next_power_of_2(config.top_k * config.r), CHUNK=_columns(features) // tile.chunks, THREADS=32 * tile.num_warps,
+        BLOCK_J=next_power_of_2(config.top_k * config.r), CHUNK=padded(features) // tile.chunks, THREADS=32 * tile.num_warps,
         ALIGNED=aligned, num_warps=tile.num_warps, **launch_options(pdl, maxnreg=tile.maxnreg),
     )  # fmt: skip

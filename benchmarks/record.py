@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
 import os
 import statistics
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 SAME = ("gpu", "driver", "torch", "triton", "git", "vllm")  # of an environment, in all rows of a file
@@ -63,6 +65,19 @@ def write(path, rows, env=None, shown=None):
         case = " ".join(f"{key}={value}" for key, value in entry["case"].items())
         ratio = f"{entry['ratio']:.3f} x {entry['vs']}" if entry["ratio"] else ""
         print(f"{entry['name']:34} {entry['median']:9.3f} {entry['unit']:4} {ratio:32} {case}")
+
+
+@contextmanager
+def alone(path):
+    """While it lasts no other process that asks the same writes to this file: cases may be measured on several GPUs at once."""
+    folder = Path(path).resolve().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)  # the folder's, which leaves no file behind
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def appended(path, rows, place, env=None):

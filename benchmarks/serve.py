@@ -179,8 +179,9 @@ def measure(options):
                 else:
                     ids[key] = [load.ids[place] for place in sorted(load.ids)]
         rows += (new := [row for key in loads if key[1] == in_flight for row in _rows(loads, key, ids[key], options)])
-        known = record.appended(options.out, rows, _place, env) if options.append else rows
-        record.write(options.out, known, env, shown=new)
+        with record.alone(options.out):
+            known = record.appended(options.out, rows, _place, env) if options.append else rows
+            record.write(options.out, known, env, shown=new)
 
 
 def _load(model, in_flight, options, *, warming, seed) -> Load:

@@ -15,10 +15,11 @@ from adafuse.ops.appended import append
 from adafuse.ops.batch import add_delta_tiles, shrink_tiles
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.crowd import crowd, cut_for
-from adafuse.ops.decode import EMPTY, copies_of_h, decode, decode_ref
+from adafuse.ops.decode import decode, decode_ref
 from adafuse.ops.gated import add_gated, linear_gated
 from adafuse.ops.layout import dense_gates, lay_out
 from adafuse.ops.matmul import matmul_tiles
+from adafuse.ops.ranks import EMPTY, copies_of_h
 from adafuse.ops.route import route
 from adafuse.plan import Plan
 from adafuse.router import Router, Routing

@@ -4,15 +4,17 @@ import torch
 
 from adafuse.ops.attend import Heads, Room, attend
 from adafuse.ops.batch import add_delta_tiles, expand_tiles, shrink_tiles
+from adafuse.ops.beside import expand, shrink
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.crowd import crowd, cut_for
-from adafuse.ops.decode import EMPTY, Tile, copies_of_h, decode, expand, shrink
+from adafuse.ops.decode import Tile, decode
 from adafuse.ops.gated import linear_gated
 from adafuse.ops.launch import processors, since_hopper
 from adafuse.ops.layout import lay_out
 from adafuse.ops.matmul import matmul_tiles, readable
 from adafuse.ops.norm import add_norm, embed_norm, swiglu
 from adafuse.ops.pick import pick, room
+from adafuse.ops.ranks import EMPTY, copies_of_h
 from adafuse.ops.route import route
 from adafuse.ops.switch import Segment, SwitchTable, switch
 

@@ -169,7 +169,7 @@ def test_a_form_is_taken_only_where_it_fits():
 def test_the_kernels_have_the_forms():
     pytest.importorskip("triton")
     from adafuse import fused
-    from adafuse.ops.decode import MAX_FEATURES, MAX_TOKENS
+    from adafuse.ops.checks import MAX_FEATURES, MAX_TOKENS
     from adafuse.ops.layout import tile_shape
 
     assert fused.FORMS.keys() == {name for name, form in FORMS.items() if form.plain}

@@ -7,9 +7,11 @@ from test_batch_op import ROUTINGS, route
 
 pytest.importorskip("triton")
 
+from adafuse.ops.beside import expand, shrink
 from adafuse.ops.chosen import Chosen
-from adafuse.ops.decode import EMPTY, Tile, copies_of_h, decode, decode_ref, expand, expand_ref, shrink, shrink_ref
+from adafuse.ops.decode import Tile, decode, decode_ref
 from adafuse.ops.launch import processors
+from adafuse.ops.ranks import EMPTY, copies_of_h, expand_ref, shrink_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative RMS

@@ -17,7 +17,7 @@ from test_switch_op import check as check_weights
 
 from adafuse import AdaFuseConfig
 from adafuse.fused import FORMS
-from adafuse.ops.decode import expand, shrink
+from adafuse.ops.beside import expand, shrink
 from adafuse.ops.switch import SwitchTable, switch
 from adafuse.plan import Plan
 from adafuse.router import Routing

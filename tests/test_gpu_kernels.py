@@ -18,9 +18,11 @@ import triton
 import triton.language as tl
 
 from adafuse.ops.batch import add_delta_tiles_ref, expand_tiles, shrink_tiles
+from adafuse.ops.beside import expand, shrink
 from adafuse.ops.crowd import crowd, crowd_ref, cut_for
-from adafuse.ops.decode import copies_of_h, decode, decode_ref, expand, shrink
+from adafuse.ops.decode import decode, decode_ref
 from adafuse.ops.layout import lay_out
+from adafuse.ops.ranks import copies_of_h
 from adafuse.ops.route import route, route_ref
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

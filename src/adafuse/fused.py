@@ -8,11 +8,13 @@ import torch
 
 from adafuse.costs import Device, Layer, fused_form
 from adafuse.ops.batch import add_delta_tiles, shrink_tiles
+from adafuse.ops.beside import expand, shrink
 from adafuse.ops.crowd import crowd, cut_for
-from adafuse.ops.decode import EMPTY, copies_of_h, decode, expand, shrink
+from adafuse.ops.decode import decode
 from adafuse.ops.gated import add_gated, linear_gated
 from adafuse.ops.launch import processors, since_hopper
 from adafuse.ops.matmul import matmul_tiles, readable
+from adafuse.ops.ranks import EMPTY, copies_of_h
 from adafuse.plan import Plan
 from adafuse.weights import answers_anew, is_plain
 

@@ -13,7 +13,7 @@ from adafuse.engine.backbone import Backbone, Block
 from adafuse.engine.linears import Gate, Linear
 from adafuse.engine.runs import Runs
 from adafuse.ops.attend import MAX_GROUP, MAX_HEAD_DIM, Heads, Room, attend
-from adafuse.ops.decode import MAX_FEATURES, MAX_TOKENS
+from adafuse.ops.checks import MAX_FEATURES, MAX_TOKENS
 from adafuse.ops.norm import MAX_HIDDEN, add_norm, embed_norm, swiglu
 from adafuse.ops.pick import pick, room
 from adafuse.ops.route import route

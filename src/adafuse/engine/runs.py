@@ -8,8 +8,9 @@ import torch
 
 from adafuse.costs import Device, fused_form
 from adafuse.ops.crowd import crowd, cut_for
-from adafuse.ops.decode import EMPTY, copies_of_h, decode
+from adafuse.ops.decode import decode
 from adafuse.ops.launch import processors
+from adafuse.ops.ranks import EMPTY, copies_of_h
 from adafuse.plan import BlockPlan
 
 _cut_for = lru_cache(cut_for)

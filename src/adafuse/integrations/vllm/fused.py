@@ -12,10 +12,11 @@ from adafuse.costs import CROWD_TOKENS
 from adafuse.integrations.vllm.op import Group, Room, Routing, Shape, add_by_kernels, chosen_of, tiles, view
 from adafuse.ops.batch import shrink_tiles
 from adafuse.ops.crowd import crowd, cut_for
-from adafuse.ops.decode import copies_of_h, decode
+from adafuse.ops.decode import decode
 from adafuse.ops.gated import linear_gated
 from adafuse.ops.launch import cdiv, processors
 from adafuse.ops.matmul import MOST_LINEARS, matmul_tiles, readable
+from adafuse.ops.ranks import copies_of_h
 
 ALIGNED = 4  # int32: kernels are compiled once more for what begins elsewhere than on 16 bytes
 

@@ -2,7 +2,7 @@
 
     y[t, columns of m] += sum_j scale(t, j) * B_m[row(t, j)] (A_m[row(t, j)] x[t])    for each linear m that reads x
 
-`torch.ops.adafuse.add_delta` adds this to what the base made; on a CUDA device by the kernels of `ops.decode` for few
+`torch.ops.adafuse.add_delta` adds this to what the base made; on a CUDA device by the kernels of `ops.beside` for few
 tokens, of `ops.gated` and `ops.batch` beyond. `adapted_linear` makes y = W x and adds it, for weights that our kernels can read;
 on a CUDA device by those of `fused`. Elsewhere both have a dense form in plain PyTorch. The routing comes in the
 buffers of a `Step`, which stay where they are, so that a CUDA graph can hold the operations.
@@ -121,7 +121,7 @@ def view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
 
 
 def few(tokens: int) -> bool:
-    """Whether a step of so many tokens is computed token by token, by the kernels of `ops.decode`."""
+    """Whether a step of so many tokens is computed token by token, by the kernels of `ops.beside`."""
     return tokens <= FEW_TOKENS
 
 
@@ -177,7 +177,7 @@ def _add_many(y, parts, x, a, b, found, shape):
 
 
 def _add_few(parts, x, a, b, routing, decision, shape):
-    from adafuse.ops.decode import expand, shrink
+    from adafuse.ops.beside import expand, shrink
     from adafuse.ops.launch import since_hopper
 
     chosen, pdl = chosen_of(routing, decision, len(x), shape), since_hopper(x)

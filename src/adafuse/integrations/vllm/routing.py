@@ -181,7 +181,7 @@ class Step:
 
     def _empty_room(self):
         """For the launches of all layers at once."""
-        from adafuse.ops.decode import EMPTY
+        from adafuse.ops.ranks import EMPTY
 
         self.room.h.fill_(EMPTY.value)
         self.room.flags.zero_()
