@@ -144,6 +144,17 @@ def test_tokens_that_share_experts_by_tensor_cores(kind, num_experts):
     check((5, 64, (32, 16), num_experts, 5, 3, 2), torch.bfloat16, kind=kind)
 
 
+@pytest.mark.parametrize("num_experts", [5, 20])
+def test_a_token_may_have_an_expert_twice(num_experts):
+    """As in buffers that were zeroed and hold no routing yet: whoever waits for a rank must find it."""
+    x, weights, banks_a, banks_b, chosen = a_case(3, 64, (32,), num_experts, 5, 3, 0, torch.bfloat16)
+    chosen.experts.zero_()
+    h = empty(copies_of_h(chosen.active), 3, 1, chosen.active)
+    out = decode(x, weights, nan(3, 32, dtype=x.dtype), banks_a=banks_a, banks_b=banks_b, chosen=chosen, h=h)
+    exact = decode_ref(x.double(), *([m.double() for m in each] for each in (weights, banks_a, banks_b)), chosen)
+    assert relative_error(out, exact.cpu()) < LIMITS[torch.bfloat16]
+
+
 def test_a_tile_for_tensor_cores_fits_into_registers():
     for features in (8, 576, 2048, 4096, 8192, 11008, 14336, 28672, 65536):
         tile = Tile.of_fragments(features)

@@ -207,7 +207,6 @@ def shrink_expert(
     """
     J: tl.constexpr = K * r + S
     ROWS: tl.constexpr = 8 // PARTS
-    N: tl.constexpr = BLOCK_T * ROWS
     BLOCKS: tl.constexpr = (r + ROWS - 1) // ROWS
     ROUTED: tl.constexpr = SLOTS * BLOCKS
     OF_LINEAR: tl.constexpr = ROUTED + (S + ROWS - 1) // ROWS
@@ -223,7 +222,7 @@ def shrink_expert(
     wanted = tl.sum(same, 0) > 0
     if not BY_EXPERT:
         wanted = tl.sum(tl.where(choice < slot, same, 0), 0) == 0
-    begin, ranks, at, shared = expert * r, r, block * ROWS, False
+    begin, ranks, at = expert * r, r, block * ROWS
     if S > 0:
         shared = n >= ROUTED
         at = tl.where(shared, (n - ROUTED) * ROWS, at)
@@ -244,41 +243,33 @@ def shrink_expert(
             tl.extra.cuda.gdc_wait()
         rank = at + tl.arange(0, ROWS)
         for first in tl.static_range(0, T, BLOCK_T):
-            token = first + tl.arange(0, BLOCK_T)
-            j0, scale, there = _place_of(experts, weights, token, expert, T, K, r)
-            if S > 0:
-                j0, scale = tl.where(shared, J - S, j0), tl.where(shared, shared_scale, scale)
-                there = there | (shared & (token < T))
             c = fragment_products(held, x, stride_x, first, T, I, PARTS, WARPS)
-            total = fragment_sum(c, BLOCK_T, PARTS, WARPS) * scale[:, None]
-            where = h + (token * len(banks_a) + linear)[:, None] * J + j0[:, None] + rank[None, :]
-            mask = there[:, None] & (rank < ranks)[None, :]
-            store_copies(where.reshape(N), total.reshape(N), mask.reshape(N), T * len(banks_a) * J, COPIES)
-
-
-@triton.jit
-def _place_of(experts, weights, token, expert, T: tl.constexpr, K: tl.constexpr, r: tl.constexpr):
-    """Of tokens: their first active rank of an expert, its scaled weight, and whether they chose it at all."""
-    j0, scale = tl.zeros_like(token), tl.zeros(token.shape, tl.float32)
-    there = token < 0
-    for k in tl.static_range(K):
-        at = token * K + k
-        mine = tl.load(experts + at, mask=token < T, other=-1) == expert
-        j0 = tl.where(mine, k * r, j0)
-        scale = tl.where(mine, tl.load(weights + at, mask=mine, other=0.0), scale)
-        there = there | mine
-    return j0, scale, there
+            total = fragment_sum(c, BLOCK_T, PARTS, WARPS)
+            token = first + tl.arange(0, BLOCK_T)
+            where = h + (token * len(banks_a) + linear)[:, None] * J + rank[None, :]
+            inside = (token < T)[:, None] & (rank < ranks)[None, :]
+            # A token that has an expert twice, as one without a routing may, has two places to fill: whoever waits for one must find it.
+            for k in tl.static_range(K):
+                mine = tl.load(experts + token * K + k, mask=token < T, other=-1) == expert
+                if S > 0:
+                    mine = mine & (n < ROUTED)
+                scale = tl.load(weights + token * K + k, mask=mine, other=0.0)
+                store_copies(
+                    where + k * r, total * scale[:, None], inside & mine[:, None], T * len(banks_a) * J, COPIES
+                )
+            if S > 0:
+                store_copies(where + K * r, total * shared_scale, inside & (n >= ROUTED), T * len(banks_a) * J, COPIES)
 
 
 @triton.jit
 def store_copies(where, total, mask, stride, COPIES: tl.constexpr):
-    """Numbers of h [N], as bits that are never EMPTY, into each copy."""
-    bits = total.to(tl.int32, bitcast=True)
+    """Numbers of h, as bits that are never EMPTY, into each copy."""
+    N: tl.constexpr = total.numel
+    where, mask = where.reshape(N), mask.reshape(N)
+    bits = total.reshape(N).to(tl.int32, bitcast=True)
     bits = tl.where(bits == EMPTY, QUIET_NAN, bits)
     copy = tl.arange(0, COPIES) * stride
-    tl.store(
-        where[None, :] + copy[:, None], tl.broadcast_to(bits[None, :], [COPIES, bits.shape[0]]), mask=mask[None, :]
-    )
+    tl.store(where[None, :] + copy[:, None], tl.broadcast_to(bits[None, :], [COPIES, N]), mask=mask[None, :])
 
 
 # --- programs that wait for it ------------------------------------------------------------------------------------------
