@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from adafuse.config import AdaFuseConfig
+from adafuse.costs import H100, Device
 from adafuse.integrations.vllm.fused import linear_by_kernels
 from adafuse.integrations.vllm.op import Group, Shape, add_by_kernels, add_dense, linear_dense
 from adafuse.integrations.vllm.routing import Step
@@ -236,6 +237,15 @@ def test_forms_of_llama_7b():
     ):
         group = Group(4096, (11008, 11008), torch.bfloat16, shape)
         assert {tokens: group.form(tokens) for tokens in expected} == expected
+
+
+def test_the_rates_of_the_device_count():
+    """One with few FLOPs a byte does not gain from what saves passes over the output."""
+    slow, shape = H100._replace(flops=H100.flops / 20), Shape(1, 8, 2, 64, 0)
+    forms = [Group(4096, (11008, 11008), torch.bfloat16, shape, device).form(512) for device in (H100, slow)]
+    assert forms == ["matmul", "gated"]
+    x, b = torch.zeros(1, 4096), [torch.zeros(512, 11008)]
+    assert Group.of(x, b, shape).device == Device.of(x.device)
 
 
 def test_steps_of_all_sizes_in_the_same_buffers():

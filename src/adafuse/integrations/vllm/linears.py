@@ -21,6 +21,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 
+from adafuse.costs import Device
 from adafuse.integrations.vllm.op import Group
 from adafuse.integrations.vllm.routing import Step
 from adafuse.ops.appended import append
@@ -189,7 +190,8 @@ def _group(layer, found, step) -> Group | None:
     widths = tuple(piece.rows.stop - piece.rows.start for piece in found)
     if not _is_plain(layer, step) or sum(widths) != len(layer.weight):  # each of its linears must be adapted
         return None
-    return Group(layer.weight.shape[1], widths, layer.weight.dtype, step.shape)
+    weight = layer.weight
+    return Group(weight.shape[1], widths, weight.dtype, step.shape, Device.of(weight.device))
 
 
 def _is_plain(layer, step) -> bool:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from adafuse.costs import CROWD_TOKENS, FEW_TOKENS, Layer, fused_form
+from adafuse.costs import CROWD_TOKENS, FEW_TOKENS, H100, Device, Layer, fused_form
 
 # Up to here `ops.crowd` may read all experts, of the base's weights: with 0.17 it took 0.83 of the time of "tiles" and 0.92 of that of
 # "gated" (32 tokens of Llama-2-7B, r 64, docs/kernels.md).
@@ -79,18 +79,19 @@ class Room(NamedTuple):
 class Group(NamedTuple):
     """The linears of a layer that computes base and experts together: they read one input, and all are adapted.
 
-    widths: outputs of each, on this rank; their weights lie one below the other in the layer's.
+    widths: outputs of each, on this rank; their weights lie one below the other in the layer's. device: its rates.
     """
 
     features: int
     widths: tuple[int, ...]
     dtype: torch.dtype
     shape: Shape
+    device: Device = H100
 
     @classmethod
     def of(cls, x, b, shape: Shape) -> Group:
         """From the input and the linears' b."""
-        return cls(x.shape[1], tuple(b_m.shape[1] for b_m in b), x.dtype, shape)
+        return cls(x.shape[1], tuple(b_m.shape[1] for b_m in b), x.dtype, shape, Device.of(x.device))
 
     @property
     def columns(self) -> list[int]:
@@ -100,7 +101,7 @@ class Group(NamedTuple):
     def form(self, tokens: int) -> str:
         """What computes so many tokens, by its key in `costs.FORMS`; "tiles" also for a few tokens of which `decode` is unfit."""
         layer = Layer(self.features, sum(self.widths), len(self.widths), appended=True)
-        form = fused_form(layer, self.shape, tokens, self.dtype.itemsize, among=FORMS)
+        form = fused_form(layer, self.shape, tokens, self.dtype.itemsize, self.device, FORMS)
         # `decode` has one shared scale for all tokens, but some have no adapter.
         unfit = form == "decode" and self.shape.shared_rank
         if tokens > CROWD_TOKENS or not (unfit or form in ("gated", "tiles")):
@@ -169,7 +170,7 @@ def _add_many(y, parts, x, a, b, found, shape):
 
     all_adapted = sum(part.shape[1] for part in parts) == y.shape[1] and y.dtype == x.dtype and y.stride(1) == 1
     layer = Layer(x.shape[1], y.shape[1], len(b), plain=False)
-    form = fused_form(layer, shape, len(x), x.element_size(), among=("beside_gated", "beside_tiles"))
+    form = fused_form(layer, shape, len(x), x.element_size(), Device.of(x.device), ("beside_gated", "beside_tiles"))
     if form == "beside_gated" and all_adapted and len(b) <= MOST_LINEARS and all(map(readable, b)):
         add_gated(y, x, a, b, found)
     else:
