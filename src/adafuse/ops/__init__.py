@@ -1,1 +1,1 @@
-"""One file per operation: the plain reference and, beside it, the kernel and its launcher. Imports torch only."""
+"""One file per operation: the plain reference, the kernel and its launcher; and what several of them share. Imports torch only."""

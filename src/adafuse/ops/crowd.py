@@ -1,4 +1,4 @@
-"""crowd: adapted linears for the tokens of 9 to a few hundred sequences, unmerged: base weights and experts in one launch.
+"""crowd: adapted linears for the tokens of several sequences, unmerged: base weights and experts in one launch.
 
     y[t, column(m) + o] = sum_i W_m[o, i] x[t, i] + sum_rank B_m[rank, o] h[t, m, rank]
     h[t, m, rank] = gate[t, expert(rank)] * sum_i A_m[rank, i] x[t, i]
