@@ -147,10 +147,20 @@ def test_tokens_that_share_experts_by_tensor_cores(kind, num_experts):
 @pytest.mark.parametrize("num_experts", [5, 20])
 def test_a_token_may_have_an_expert_twice(num_experts):
     """As in buffers that were zeroed and hold no routing yet: whoever waits for a rank must find it."""
-    x, weights, banks_a, banks_b, chosen = a_case(3, 64, (32,), num_experts, 5, 3, 0, torch.bfloat16)
-    chosen.experts.zero_()
-    h = empty(copies_of_h(chosen.active), 3, 1, chosen.active)
-    out = decode(x, weights, nan(3, 32, dtype=x.dtype), banks_a=banks_a, banks_b=banks_b, chosen=chosen, h=h)
+    check_routing(torch.zeros(3, 3), num_experts, 5)
+
+
+def test_experts_that_only_the_last_of_many_choices_are_of():
+    first, others = torch.arange(32).expand(4, 32), torch.arange(32, 64)
+    check_routing(torch.cat([first, others[None]]), 64, 1)
+
+
+def check_routing(experts, num_experts, r):
+    tokens, top_k = experts.shape
+    x, weights, banks_a, banks_b, chosen = a_case(tokens, 64, (32,), num_experts, r, top_k, 0, torch.bfloat16)
+    chosen.experts.copy_(experts)
+    h = empty(copies_of_h(chosen.active), tokens, 1, chosen.active)
+    out = decode(x, weights, nan(tokens, 32, dtype=x.dtype), banks_a=banks_a, banks_b=banks_b, chosen=chosen, h=h)
     exact = decode_ref(x.double(), *([m.double() for m in each] for each in (weights, banks_a, banks_b)), chosen)
     assert relative_error(out, exact.cpu()) < LIMITS[torch.bfloat16]
 

@@ -187,6 +187,7 @@ def _decode_kernel(
     r: tl.constexpr,
     S: tl.constexpr,
     SHRINKS: tl.constexpr,
+    CHOICES: tl.constexpr,
     SLOTS: tl.constexpr,
     BY_EXPERT: tl.constexpr,
     COPIES: tl.constexpr,
@@ -219,7 +220,7 @@ def _decode_kernel(
             if STEPS > 0:
                 shrink_expert(
                     x, banks_a, banks_b, experts, weights, h, stride_x, shared_row, shared_scale, zero, pid, widths,
-                    T, I, K, r, S, SLOTS, BY_EXPERT, PARTS, STEPS, CHUNKS, BLOCK_T, COPIES, PDL and not AFTER_PLAN,
+                    T, I, K, r, S, CHOICES, SLOTS, BY_EXPERT, PARTS, STEPS, CHUNKS, BLOCK_T, COPIES, PDL and not AFTER_PLAN,
                     PREFETCH, THREADS // 32,
                 )  # fmt: skip
             else:
@@ -406,6 +407,7 @@ def decode(
             r=chosen.r if adapted else 1,
             S=chosen.shared_rank if adapted else 0,
             SHRINKS=shrinks,
+            CHOICES=next_power_of_2(chosen.experts.numel()) if adapted else 1,
             SLOTS=slots,
             BY_EXPERT=adapted and slots == chosen.num_experts,
             COPIES=len(h) if adapted else 1,

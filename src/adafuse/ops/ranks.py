@@ -189,6 +189,7 @@ def shrink_expert(
     K: tl.constexpr,
     r: tl.constexpr,
     S: tl.constexpr,
+    CHOICES: tl.constexpr,
     SLOTS: tl.constexpr,
     BY_EXPERT: tl.constexpr,
     PARTS: tl.constexpr,
@@ -203,14 +204,13 @@ def shrink_expert(
     """8 / PARTS ranks of one expert of one linear, by tensor cores, for all tokens that chose it: block `pid` of the linears' blocks.
 
     BY_EXPERT: a slot is an expert, and nothing is done if nobody chose it. Else it is a choice, and nothing is done if an earlier one is of
-    the same expert. The shared expert's blocks, which are every token's, come last.
+    the same expert. The shared expert's blocks, which are every token's, come last. CHOICES: T * K or more, a power of two.
     """
     J: tl.constexpr = K * r + S
     ROWS: tl.constexpr = 8 // PARTS
     BLOCKS: tl.constexpr = (r + ROWS - 1) // ROWS
     ROUTED: tl.constexpr = SLOTS * BLOCKS
     OF_LINEAR: tl.constexpr = ROUTED + (S + ROWS - 1) // ROWS
-    CHOICES: tl.constexpr = 128 if T * K > 64 else 64 if T * K > 32 else 32
     linear, n = pid // OF_LINEAR, pid % OF_LINEAR
     slot, block = n // BLOCKS, n % BLOCKS
     choice = tl.arange(0, CHOICES)
