@@ -10,7 +10,7 @@ import triton.language as tl
 from adafuse.ops.checks import aligned_rows, padded
 from adafuse.ops.decode import Tile, tile_of
 from adafuse.ops.launch import cdiv, launch_options, next_power_of_2, processors
-from adafuse.ops.ranks import EMPTY, QUIET_NAN, held_rows, look, once_written, pick_part, products_of
+from adafuse.ops.ranks import held_rows, look, once_written, pick_part, products_of, store_copies
 
 
 @triton.jit
@@ -96,11 +96,7 @@ def _layerwise_kernel(
         w, linear, block, _, width = tile_of(pid, inner_rows, inner, BLOCK_O)
         n = block * BLOCK_O + tl.arange(0, BLOCK_O)
         total = tl.sum(_base(w, tl.minimum(n, width - 1), x, zero, I, CHUNK, ALIGNED, False, PDL), 1)
-        bits = total.to(tl.int32, bitcast=True)
-        bits = tl.where(bits == EMPTY, QUIET_NAN, bits)
-        copy = tl.arange(0, COPIES) * (len(base_weights) * ROWS)
-        where = h + linear * ROWS + n[None, :] + copy[:, None]
-        tl.store(where, tl.broadcast_to(bits[None, :], [COPIES, BLOCK_O]), mask=(n < width)[None, :])
+        store_copies(h + linear * ROWS + n, total, n < width, len(base_weights) * ROWS, COPIES)
         return
     h += pid % COPIES * (len(base_weights) * ROWS)
     tile = pid - SHRINKS

@@ -296,7 +296,8 @@ def _decode_kernel(
 
 @dataclass(frozen=True)
 class Tile:
-    """How `decode` cuts the work. A program holds block_o whole rows of W, asked for in `chunks` parts, or block_j rows of an A.
+    """How `decode` cuts the work. A program holds block_o whole rows of W, asked for in `chunks` parts, or rows of an A:
+    block_j of a token's, or block_o of an expert's by tensor cores.
 
     resident: how many programs a processor is taken to hold at once; so many start with rows that h is not ready for.
     """

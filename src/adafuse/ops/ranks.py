@@ -89,8 +89,10 @@ def held_rows(matrix, row, zero, I: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: 
 
 
 @triton.jit
-def prefetch(pointers, num_bytes):
-    """Asks for so many bytes (a multiple of 16; 0: none) from each pointer into the L2 cache: a thread, a pointer."""
+def prefetch_rows(matrix, row, width, there):
+    """Asks for rows of a matrix of `width` columns, a multiple of 16 bytes, into the L2 cache: a thread, a row, if it is `there`."""
+    pointers = matrix + row.to(tl.int64) * width
+    num_bytes = tl.where(there, width * (matrix.dtype.element_ty.primitive_bitwidth // 8), 0)
     if not INTERPRETED:
         tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.gt.s32 p, $2, 0; mov.b32 $0, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; }",
@@ -157,10 +159,8 @@ def shrink_block(
         thread = tl.arange(0, THREADS)
         rank = pid % BLOCKS * BLOCK_J + thread
         b, width = pick_part(banks_b, linear), pick_part(widths, linear)
-        where = b + rank_rows(experts, token, shared_row, rank, K, r, S).to(tl.int64) * width
-        prefetch(
-            where, tl.where((thread < BLOCK_J) & (rank < J), width * (b.dtype.element_ty.primitive_bitwidth // 8), 0)
-        )
+        row = rank_rows(experts, token, shared_row, rank, K, r, S)
+        prefetch_rows(b, row, width, (thread < BLOCK_J) & (rank < J))
     scale = tl.load(weights + token * K + tl.minimum(j // r, K - 1))
     scale = tl.where(j < K * r, scale, shared_scale)
     if WAIT:
@@ -215,13 +215,12 @@ def shrink_expert(
     slot, block = n // BLOCKS, n % BLOCKS
     choice = tl.arange(0, CHOICES)
     chosen = tl.load(experts + choice, mask=choice < T * K, other=-1)
-    expert = slot
-    if not BY_EXPERT:
+    if BY_EXPERT:
+        expert = slot
+        wanted = tl.sum((chosen == expert).to(tl.int32), 0) > 0
+    else:
         expert = tl.load(experts + tl.minimum(slot, T * K - 1))
-    same = (chosen == expert).to(tl.int32)
-    wanted = tl.sum(same, 0) > 0
-    if not BY_EXPERT:
-        wanted = tl.sum(tl.where(choice < slot, same, 0), 0) == 0
+        wanted = tl.sum(((chosen == expert) & (choice < slot)).to(tl.int32), 0) == 0
     begin, ranks, at = expert * r, r, block * ROWS
     if S > 0:
         shared = n >= ROUTED
@@ -236,9 +235,7 @@ def shrink_expert(
             b, width = pick_part(banks_b, linear), pick_part(widths, linear)
             row = tl.minimum(first_row + thread, last_row)
             there = (thread < ROWS) & (first_row + thread <= last_row)
-            prefetch(
-                b + row.to(tl.int64) * width, tl.where(there, width * (b.dtype.element_ty.primitive_bitwidth // 8), 0)
-            )
+            prefetch_rows(b, row, width, there)
         if WAIT:
             tl.extra.cuda.gdc_wait()
         rank = at + tl.arange(0, ROWS)
