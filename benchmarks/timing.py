@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from adafuse.engine.graph import captured
+
 LIMIT = 1e-2  # relative RMS error of bf16 outputs
 
 
@@ -33,7 +35,7 @@ def graph_of(run, warmup=2):
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with captured(graph):
         run()
     return graph
 

@@ -59,15 +59,16 @@ def adapted(base, r, router):
 
 @contextmanager
 def in_fp32(model):
-    """The model's bf16 parameters as fp32 for a while: what its logits would be without rounding. Nothing is lost on the way back."""
-    narrow = [parameter for parameter in model.parameters() if parameter.dtype == torch.bfloat16]
-    for parameter in narrow:
-        parameter.data = parameter.data.float()
+    """The model's bf16 parameters as fp32 for a while: what its logits would be without rounding."""
+    # The rounded ones stay where they are: a CUDA graph may hold their addresses.
+    kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.dtype == torch.bfloat16]
+    for parameter, rounded in kept:
+        parameter.data = rounded.float()
     try:
         yield
     finally:
-        for parameter in narrow:
-            parameter.data = parameter.data.bfloat16()
+        for parameter, rounded in kept:
+            parameter.data = rounded
 
 
 def weights_of(backbone):

@@ -13,7 +13,7 @@ from tiny_text import save_base
 from transformers import AutoModelForCausalLM
 
 from adafuse import AdaFuseConfig, AdaFuseModel
-from adafuse.costs import FEW_TOKENS, FORMS, H100, Cost, Device, Layer, Part, Step, costs, fused_form
+from adafuse.costs import FEW_TOKENS, FORMS, H100, Cost, Device, Layer, Part, Step, common_form, costs, fused_form
 from adafuse.execution import automatic, cheapest, in_graph
 from adafuse.weights import MOST_FEATURES, stored_bytes
 
@@ -155,6 +155,23 @@ def test_time_grows_with_tokens():
 )
 def test_fused_takes_the_cheapest_form(tokens, config, form):
     assert fused_form((4096, 4096), AdaFuseConfig(**config), tokens, 2) == form
+
+
+def test_the_form_of_all_is_the_cheapest_in_sum():
+    """Mistral-7B's groups, 5 tokens of r 64: by itself the first would take another form than the rest."""
+    layers = [((4096, 6144, 3), mixture(64)), ((4096, 28672, 2), mixture(64)), ((4096, 32000), None)]
+    among = ("decode", "crowd")
+    assert fused_form(*layers[0], 5, 2, among=among) != fused_form(*layers[1], 5, 2, among=among)
+    sums = {
+        name: sum(
+            kernel.seconds(H100)
+            for layer, config in layers
+            for kernel in FORMS[name].kernels(Step(config, 5, 2), Layer(*layer))
+        )
+        for name in among
+    }
+    assert common_form(layers, 5, 2, among=among) == min(sums, key=sums.get)
+    assert common_form(layers, 1, 2, among=among) == "decode", "crowd is for several tokens"
 
 
 def test_a_form_is_taken_only_where_it_fits():

@@ -21,6 +21,7 @@ from test_gpu_kernels import write_late
 from tiny_text import tokenizer
 
 from adafuse import AdaFuseConfig, AdaFuseModel, Engine
+from adafuse.engine.graph import WARMUP, Graphs
 from adafuse.engine.sampling import Sampler, Sampling
 from adafuse.ops.attend import Room, attend, attend_ref
 from adafuse.ops.decode import decode
@@ -253,6 +254,29 @@ def test_a_thousand_generations_leave_memory_flat():
 
     before = generations(3 * KINDS)
     assert generations(1000) == before
+
+
+def test_an_older_graph_is_not_freed_while_another_is_captured():
+    """Held by a cycle, it is garbage from the last call of `run` on, which is the captured one."""
+    x, old = torch.zeros(4, device="cuda"), [Graphs(torch.device("cuda"))]
+    old[0].capture("old", lambda: x.add_(1))
+    calls = []
+
+    def run():
+        calls.append(len(calls))
+        if len(calls) == WARMUP + 1:
+            cycle = [old.pop()]
+            cycle.append(cycle)
+            del cycle
+        assert len([[] for _ in range(100_000)]) == 100_000  # enough new objects for the collector to start
+        x.add_(1)
+
+    new = Graphs(torch.device("cuda"))
+    new.capture("new", run)
+    x.zero_()
+    new.replay("new")
+    assert x.tolist() == [1.0] * 4
+    assert gc.isenabled()
 
 
 def test_an_interrupt_leaves_the_engine_usable(model):

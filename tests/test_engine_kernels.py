@@ -10,6 +10,7 @@ from reference import relative_error
 pytest.importorskip("triton")
 
 from adafuse import Engine, switching
+from adafuse.costs import fused_form
 from adafuse.engine.runner import Runner
 from adafuse.ops.switch import switch
 
@@ -92,7 +93,7 @@ def test_sampling_draws_the_same():
 )
 def test_half_precision_is_as_exact_as_plain_pytorch(monkeypatch, adapter, dtype, rows, form):
     """The logits of one step, against the same weights in fp32; the interpreter cuts bits off where a GPU rounds."""
-    monkeypatch.setattr("adafuse.engine.runs.fused_form", lambda *_: form)
+    monkeypatch.setattr("adafuse.engine.runs.common_form", lambda *_: form)
     model, ids = a_model("qwen3", adapter, dtype), [prompt(40 - row, row) for row in range(rows)]
     exact = a_model("qwen3", adapter)
     exact.get_base_model().load_state_dict(model.get_base_model().state_dict())
@@ -105,10 +106,24 @@ def test_half_precision_is_as_exact_as_plain_pytorch(monkeypatch, adapter, dtype
         logits.append(each._runner.logits[:rows].float())
     mine, theirs = (relative_error(each, logits[2]) for each in logits[:2])
     assert mine < 3 * theirs
-    kinds = {
-        type(run).__name__ for group in engines[0]._runner._kernel_step(rows, True).blocks[0].values() for run in group
-    }
-    assert kinds == {"DecodeRun" if form == "decode" else "CrowdRun"}
+    assert kinds_of_runs(engines[0], rows) == {"DecodeRun" if form == "decode" else "CrowdRun"}
+
+
+def kinds_of_runs(engine, rows):
+    return {type(run).__name__ for group in engine._runner._kernel_step(rows, True).runs.of_groups for run in group}
+
+
+def test_a_step_takes_one_form_where_its_groups_would_take_several():
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
+    model = a_model(
+        "llama", dtype=torch.bfloat16, base={**sizes, "num_key_value_heads": 4}, num_experts=8, r=4, top_k=2
+    )
+    groups = {"qkv": (64, 192, 3), "o": (64, 64, 1), "gate_up": (64, 256, 2), "down": (128, 64, 1)}
+    apart = {fused_form(group, model.adafuse_config, 4, 2, among=("decode", "crowd")) for group in groups.values()}
+    assert apart == {"decode", "crowd"}
+    one = engine(model)
+    one.generate([prompt(9 - row, row) for row in range(4)], max_new_tokens=1)
+    assert len(kinds_of_runs(one, 4)) == 1
 
 
 def test_weights_that_change_later_count():

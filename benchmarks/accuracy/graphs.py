@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from adafuse.engine.graph import captured
+
 WARMUPS = 2  # calls before the first capture (one before later ones): libraries choose kernels and optimisers make their state in them
 
 
@@ -38,7 +40,7 @@ class Replayed:
                 self._before_capture()
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with captured(graph, pool=self._pool, stream=self._stream):
                 output = self._function(inputs)
             self._before_capture()
             self._graphs[_shape(batch)] = (graph, inputs, output)

@@ -34,7 +34,7 @@ TILES = 0.7  # by ops/batch.py
 DENSE = 0.7  # by the vendor's matmuls over the ranks of all experts
 # ops/decode.py reads at full rate with one token. With several each further one adds so much of the base's time, and each reads its own
 # experts, mostly from the L2 cache, at that share of memory's rate.
-DECODE_MORE, DECODE_EACH = 0.033, 0.62
+DECODE_MORE, DECODE_EACH = 0.033, 0.75
 # Without tensor cores a further token adds so much of all its time, without and with adapters.
 DECODE_WITHOUT = (0.18, 0.33)
 # FLOPs of bf16 matmuls, a clock and multiprocessor, by compute capability: what NVIDIA states (fp32 sums, no sparsity).
@@ -366,10 +366,19 @@ def fused_form(layer, config, tokens, itemsize, device=H100, among=None) -> str:
 
     config: of its adapters; None: the base alone. among: the forms that the caller can run.
     """
-    step, layer = Step(config, tokens, itemsize, device), Layer(*layer)
-    able = [name for name, form in FORMS.items() if form.plain == layer.plain and form.fits(step, layer)]
-    able = [name for name in able if among is None or name in among]
-    return min(able, key=lambda name: _seconds(FORMS[name].kernels(step, layer), device))
+    return common_form([(layer, config)], tokens, itemsize, device, among)
+
+
+def common_form(layers, tokens, itemsize, device=H100, among=None) -> str:
+    """The one form that is expected to take least for all of these layers. layers: pairs of a layer and a config, as in `fused_form`."""
+    steps = [(Step(config, tokens, itemsize, device), Layer(*layer)) for layer, config in layers]
+    able = [
+        name
+        for name, form in FORMS.items()
+        if (among is None or name in among)
+        and all(form.plain == layer.plain and form.fits(step, layer) for step, layer in steps)
+    ]
+    return min(able, key=lambda name: sum(_seconds(FORMS[name].kernels(*each), device) for each in steps))
 
 
 def _seconds(kernels, device):

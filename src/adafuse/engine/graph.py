@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 
 from adafuse.execution import in_graph
 
 WARMUP = 2  # runs before a capture: kernels are compiled and loaded in the first
+
+
+@contextmanager
+def captured(graph: torch.cuda.CUDAGraph, **options):
+    """`torch.cuda.graph` without the garbage collector: an older graph, held by a cycle of objects, that it freed in the middle would
+    end the capture, and leave the process unable to make another."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, **options):
+            yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class Graphs:
@@ -32,7 +48,7 @@ class Graphs:
                     run()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with captured(graph, pool=self._pool):
                 run()
         self._graphs[name] = graph
 

@@ -63,14 +63,13 @@ class Step:
         """The launches of every group of linears, and of the head."""
         unmerged = self.gate is not None and self.switcher is None
         blocks, itemsize = self.backbone.blocks, self.cache.element_size()
-        runs = self.runs = Runs(self.rows, self.gate.config if unmerged else None, itemsize)
         parts = [self.plan.of_block(d) if unmerged else None for d in range(len(blocks))]
-        self.blocks = [
-            {name: runs.of(getattr(block, name), part) for name in _GROUPS}
-            for block, part in zip(blocks, parts, strict=True)
-        ]
-        (self.head,) = runs.of([Linear(self.backbone.head, None)], None)
-        runs.take_room(self.cache.device)
+        groups = [(getattr(block, name), part) for block, part in zip(blocks, parts, strict=True) for name in _GROUPS]
+        groups.append(([Linear(self.backbone.head, None)], None))
+        self.runs = Runs(groups, self.rows, self.gate.config if unmerged else None, itemsize)
+        of_groups = iter(self.runs.of_groups)
+        self.blocks = [{name: next(of_groups) for name in _GROUPS} for _ in blocks]
+        (self.head,) = next(of_groups)
 
     # --- the step --------------------------------------------------------------------------------------------------
 

@@ -20,8 +20,8 @@ before it:
   ask for its rows, and for its piece of B, all at once (4.48 ms without this, 4.34 ms with it).
 * Several tokens are multiplied by tensor cores, whose operands come from memory straight into the registers where they are needed
   (`fragments`): 368 instructions for 4 rows of 4096 features and 8 tokens, where multiply-adds take 2400 at best and memory allows 2450.
-  The programs that compute h then take some ranks of an expert for all tokens that chose it. Two ranks of a token each would be 768
-  programs for 4 tokens of 128 ranks and 3 linears, more than an H100 holds: nobody would ask for W while the input is not there.
+  h is computed a token at a time all the same: all tokens at once by tensor cores, which reads A only once, comes later than the first
+  tiles want it, since its programs load the whole input, as those do (4 tokens of r 16 took 4.97 ms so instead of 4.70).
 * A tile reads a piece of 8 bytes of each row of B, which memory is slow at. The programs that compute h ask for those rows whole, into
   the L2 cache (4.59 ms without this, 4.54 ms with it, with 128 active ranks).
 
@@ -49,7 +49,6 @@ from adafuse.ops.ranks import (
     products_of,
     rank_rows,
     shrink_block,
-    shrink_expert,
     shrink_ref,
 )
 
@@ -187,9 +186,6 @@ def _decode_kernel(
     r: tl.constexpr,
     S: tl.constexpr,
     SHRINKS: tl.constexpr,
-    CHOICES: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BY_EXPERT: tl.constexpr,
     COPIES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -207,8 +203,8 @@ def _decode_kernel(
     PDL: tl.constexpr,
 ):
     """The first SHRINKS programs compute h, BLOCK_SHRINK ranks of a token each; the others a tile of BLOCK_O outputs of a linear, all
-    tokens. The first `seconds` of these compute another tile. STEPS > 0: by tensor cores (`fragments`), and h by BLOCK_O ranks of an
-    expert. AHEAD: B is asked for before h is there."""
+    tokens. The first `seconds` of these compute another tile. STEPS > 0: by tensor cores (`fragments`). AHEAD: B is asked for before h
+    is there."""
     J: tl.constexpr = K * r + S
     pid = tl.program_id(0)
     if PDL and AFTER_PLAN:
@@ -217,19 +213,12 @@ def _decode_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     if J > 0:  # noqa: SIM102 - nested, so that the first is decided by the compiler
         if pid < SHRINKS:
-            if STEPS > 0:
-                shrink_expert(
-                    x, banks_a, banks_b, experts, weights, h, stride_x, shared_row, shared_scale, zero, pid, widths,
-                    T, I, K, r, S, CHOICES, SLOTS, BY_EXPERT, PARTS, STEPS, CHUNKS, BLOCK_T, COPIES, PDL and not AFTER_PLAN,
-                    PREFETCH, THREADS // 32,
-                )  # fmt: skip
-            else:
-                shrink_block(
-                    x, banks_a, experts, weights, h, stride_x, shared_row, shared_scale, zero,
-                    pid % (SHRINKS // T), pid // (SHRINKS // T),
-                    T, I, K, r, S, BLOCK_SHRINK, CHUNK, ALIGNED, COPIES, PDL and not AFTER_PLAN,
-                    banks_b, widths, THREADS if PREFETCH else 0,
-                )  # fmt: skip
+            shrink_block(
+                x, banks_a, experts, weights, h, stride_x, shared_row, shared_scale, zero,
+                pid % (SHRINKS // T), pid // (SHRINKS // T),
+                T, I, K, r, S, BLOCK_SHRINK, CHUNK, ALIGNED, COPIES, PDL and not AFTER_PLAN,
+                banks_b, widths, THREADS if PREFETCH else 0,
+            )  # fmt: skip
             return
     tile = pid - SHRINKS
     w, linear, block, column, width = tile_of(tile, base_weights, widths, BLOCK_O)
@@ -296,8 +285,7 @@ def _decode_kernel(
 
 @dataclass(frozen=True)
 class Tile:
-    """How `decode` cuts the work. A program holds block_o whole rows of W, asked for in `chunks` parts, or rows of an A:
-    block_j of a token's, or block_o of an expert's by tensor cores.
+    """How `decode` cuts the work. A program holds block_o whole rows of W, asked for in `chunks` parts, or block_j rows of an A.
 
     resident: how many programs a processor is taken to hold at once; so many start with rows that h is not ready for.
     """
@@ -325,8 +313,8 @@ class Tile:
         of Llama-2-7B, H100).
         """
         shapes = ((rows, num_warps) for num_warps in (4, 8, 16) for rows in (8, 4, 2))
-        tiles = (cls(rows, num_warps, chunks=1, resident=16 // num_warps) for rows, num_warps in shapes)
-        return next((tile for tile in tiles if tile.steps(features) <= 16), cls(1, 16, chunks=1, resident=1))
+        tiles = (cls(rows, num_warps, chunks=1, block_j=2, resident=16 // num_warps) for rows, num_warps in shapes)
+        return next((tile for tile in tiles if tile.steps(features) <= 16), cls(1, 16, chunks=1, block_j=2, resident=1))
 
     @classmethod
     def default(cls, features: int, itemsize: int) -> Tile:
@@ -365,11 +353,10 @@ def decode(
         check_h("h", h, ("C", len(x), len(base_weights), chosen.active))
     tokens, features = x.shape
     widths = tuple(len(w) for w in base_weights)
-    tensor_cores = _for_tensor_cores(x, *base_weights, *banks_a) and (tile is None or tile.block_o <= 8)
+    tensor_cores = _for_tensor_cores(x, *base_weights) and (tile is None or tile.block_o <= 8)
     tile = tile or (Tile.of_fragments(features) if tensor_cores else Tile.default(features, x.element_size()))
     adapted = chosen is not None
-    slots = min(chosen.num_experts, chosen.experts.numel()) if adapted else 0
-    shrinks = len(widths) * _shrinks_of_a_linear(chosen, slots, tile, tensor_cores) if adapted else 0
+    shrinks = tokens * len(widths) * cdiv(chosen.active, tile.block_j) if adapted else 0
     tiles = sum(cdiv(width, tile.block_o) for width in widths)
     places = max(0, processors(x) * tile.resident - shrinks)
     seconds = max(0, min(places, tiles - places)) if adapted and tokens == 1 else 0
@@ -408,9 +395,6 @@ def decode(
             r=chosen.r if adapted else 1,
             S=chosen.shared_rank if adapted else 0,
             SHRINKS=shrinks,
-            CHOICES=next_power_of_2(chosen.experts.numel()) if adapted else 1,
-            SLOTS=slots,
-            BY_EXPERT=adapted and slots == chosen.num_experts,
             COPIES=len(h) if adapted else 1,
             BLOCK_T=block_t,
             BLOCK_O=tile.block_o,
@@ -429,13 +413,6 @@ def decode(
             **launch_options(pdl, maxnreg=tile.maxnreg if tokens == 1 or tensor_cores else None),
         )
     return out
-
-
-def _shrinks_of_a_linear(chosen, slots, tile, tensor_cores):
-    """Programs that compute h: of some ranks of a token, or of an expert, or, where there are more experts than choices, of a choice."""
-    if not tensor_cores:
-        return len(chosen.experts) * cdiv(chosen.active, tile.block_j)
-    return slots * cdiv(chosen.r, tile.block_o) + cdiv(chosen.shared_rank, tile.block_o)
 
 
 def _for_tensor_cores(x, *matrices):

@@ -46,13 +46,20 @@ def _load(
     PARTS: tl.constexpr,
     WARPS: tl.constexpr,
     ONCE: tl.constexpr,
+    there=None,
 ):
-    """A step of the fragments whose first is at `pointers` [THREADS, 4], column `column` [THREADS]. ONCE: nobody reads it again."""
+    """A step of the fragments whose first is at `pointers` [THREADS, 4], column `column` [THREADS]. ONCE: nobody reads it again.
+
+    there [THREADS]: who is to load, where all columns exist; what others hold then is not defined.
+    """
     POLICY: tl.constexpr = "evict_first" if ONCE else ""
     pointers += step * (STEP // 2 * WARPS)
     pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 16)), (1, 4))  # bytes, numbers
     if PART * PARTS == I:
-        return tl.load(pointers, eviction_policy=POLICY)
+        if there is not None:
+            return tl.load(pointers, mask=tl.broadcast_to(there[:, None], pointers.shape), eviction_policy=POLICY)
+        else:  # noqa: RET505 - what is not taken must not be compiled
+            return tl.load(pointers, eviction_policy=POLICY)
     inside = (column + step * (STEP * WARPS) < I)[:, None]
     return tl.load(pointers, mask=inside, other=0, eviction_policy=POLICY)
 
@@ -95,31 +102,37 @@ def fragment_products(
     PART: tl.constexpr = len(held) * STEP * WARPS
     _, g, _ = _lane(WARPS)
     row = tl.minimum(first_token + g % TOKENS, T - 1)  # tokens past the last: the last again, not stored
+    there = None
+    if T % TOKENS != 0:  # nor loaded: every program loads all of x (4 tokens: 4.50 ms so, 4.60 with the last again)
+        there = first_token + g % TOKENS < T
     first, column = _first(x, row, g // TOKENS, stride_x, PART, WARPS)
     row = tl.minimum(first_token + (g + 8) % TOKENS, T - 1)
     second, column_2 = _first(x, row, (g + 8) // TOKENS, stride_x, PART, WARPS)
-    c = tl.zeros([32 * WARPS, 4], tl.float32)
+    # Two sums in turn: an mma takes some 30 clocks, and one that adds to it waits for it (8 tokens: 5.06 ms so, 5.13 with one sum).
+    c, d = tl.zeros([32 * WARPS, 4], tl.float32), tl.zeros([32 * WARPS, 4], tl.float32)
     for step in tl.static_range(len(held)):
-        a = _load(first, column, step, PART, I, PARTS, WARPS, False)
+        a = _load(first, column, step, PART, I, PARTS, WARPS, False, there)
         a_2 = tl.zeros_like(a)
         if PARTS > 1:  # else rows 8 to 15 of A are no token: there are 8 at most
-            a_2 = _load(second, column_2, step, PART, I, PARTS, WARPS, False)
-        c = _mma(held[step], a, a_2, c, x.dtype.element_ty, WARPS)
-    return c
+            a_2 = _load(second, column_2, step, PART, I, PARTS, WARPS, False, there)
+        c, d = _mma(held[step], a, a_2, c, d, x.dtype.element_ty, WARPS)
+    return c + d
 
 
 @triton.jit
-def _mma(w, a, a_2, c, DTYPE: tl.constexpr, WARPS: tl.constexpr):
-    """c plus the products of 8 columns a lane: two mma. w: B. a, a_2: rows g and g + 8 of A."""
+def _mma(w, a, a_2, c, d, DTYPE: tl.constexpr, WARPS: tl.constexpr):
+    """c and d plus the products of 8 columns a lane, of half of them each: two mma. w: B. a, a_2: rows g and g + 8 of A."""
     if INTERPRETED:
-        return c + _mma_in_words(w, a, a_2, DTYPE, WARPS)
+        return c + _mma_in_words(w, a, a_2, DTYPE, WARPS), d
     NAME: tl.constexpr = "f16" if DTYPE.is_fp16() else "bf16"
-    MMA: tl.constexpr = "mma.sync.aligned.m16n8k16.row.col.f32." + NAME + "." + NAME + ".f32 {$0, $1, $2, $3}, "
+    MMA: tl.constexpr = "mma.sync.aligned.m16n8k16.row.col.f32." + NAME + "." + NAME + ".f32 "
+    C: tl.constexpr = "{$0, $1, $2, $3}"
+    D: tl.constexpr = "{$4, $5, $6, $7}"
     return tl.inline_asm_elementwise(
-        MMA + "{$8, $12, $9, $13}, {$4, $5}, {$0, $1, $2, $3};\n" + MMA + "{$10, $14, $11, $15}, {$6, $7}, {$0, $1, $2, $3};",
-        "=f,=f,=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,0,1,2,3",
-        [w, a, a_2, c],
-        dtype=tl.float32,
+        MMA + C + ", {$12, $16, $13, $17}, {$8, $9}, " + C + ";\n" + MMA + D + ", {$14, $18, $15, $19}, {$10, $11}, " + D + ";",
+        "=f,=f,=f,=f,=f,=f,=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,0,1,2,3,4,5,6,7",
+        [w, a, a_2, c, d],
+        dtype=(tl.float32, tl.float32),
         is_pure=False,  # else it may be computed again in another layout
         pack=4,
     )  # fmt: skip

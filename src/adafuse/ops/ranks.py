@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from adafuse.ops.chosen import Chosen
-from adafuse.ops.fragments import fragment_products, fragment_sum, held_fragments
 from adafuse.ops.launch import INTERPRETED
 
 EMPTY = tl.constexpr(-1)  # the bits of a NaN that no computation makes
@@ -168,94 +167,6 @@ def shrink_block(
     total = tl.sum(products_of(held, x + token * stride_x, I, CHUNK), 1) * scale
     where = h + (token * len(banks_a) + linear) * J + j
     store_copies(where, total, j < J, T * len(banks_a) * J, COPIES)
-
-
-@triton.jit
-def shrink_expert(
-    x,
-    banks_a,
-    banks_b,
-    experts,
-    weights,
-    h,
-    stride_x,
-    shared_row,
-    shared_scale,
-    zero,
-    pid,
-    widths: tl.constexpr,
-    T: tl.constexpr,
-    I: tl.constexpr,
-    K: tl.constexpr,
-    r: tl.constexpr,
-    S: tl.constexpr,
-    CHOICES: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BY_EXPERT: tl.constexpr,
-    PARTS: tl.constexpr,
-    STEPS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    COPIES: tl.constexpr,
-    WAIT: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    WARPS: tl.constexpr,
-):
-    """8 / PARTS ranks of one expert of one linear, by tensor cores, for all tokens that chose it: block `pid` of the linears' blocks.
-
-    BY_EXPERT: a slot is an expert, and nothing is done if nobody chose it. Else it is a choice, and nothing is done if an earlier one is of
-    the same expert. The shared expert's blocks, which are every token's, come last. CHOICES: T * K or more, a power of two.
-    """
-    J: tl.constexpr = K * r + S
-    ROWS: tl.constexpr = 8 // PARTS
-    BLOCKS: tl.constexpr = (r + ROWS - 1) // ROWS
-    ROUTED: tl.constexpr = SLOTS * BLOCKS
-    OF_LINEAR: tl.constexpr = ROUTED + (S + ROWS - 1) // ROWS
-    linear, n = pid // OF_LINEAR, pid % OF_LINEAR
-    slot, block = n // BLOCKS, n % BLOCKS
-    choice = tl.arange(0, CHOICES)
-    chosen = tl.load(experts + choice, mask=choice < T * K, other=-1)
-    if BY_EXPERT:
-        expert = slot
-        wanted = tl.sum((chosen == expert).to(tl.int32), 0) > 0
-    else:
-        expert = tl.load(experts + tl.minimum(slot, T * K - 1))
-        wanted = tl.sum(((chosen == expert) & (choice < slot)).to(tl.int32), 0) == 0
-    begin, ranks, at = expert * r, r, block * ROWS
-    if S > 0:
-        shared = n >= ROUTED
-        at = tl.where(shared, (n - ROUTED) * ROWS, at)
-        begin, ranks = tl.where(shared, shared_row, begin), tl.where(shared, S, ranks)
-        wanted = wanted | shared
-    if wanted:
-        first_row, last_row = begin + at, begin + ranks - 1
-        held = held_fragments(pick_part(banks_a, linear), first_row, last_row, zero, I, PARTS, STEPS, CHUNKS, WARPS)
-        if PREFETCH:
-            thread = tl.arange(0, 32 * WARPS)
-            b, width = pick_part(banks_b, linear), pick_part(widths, linear)
-            row = tl.minimum(first_row + thread, last_row)
-            there = (thread < ROWS) & (first_row + thread <= last_row)
-            prefetch_rows(b, row, width, there)
-        if WAIT:
-            tl.extra.cuda.gdc_wait()
-        rank = at + tl.arange(0, ROWS)
-        for first in tl.static_range(0, T, BLOCK_T):
-            c = fragment_products(held, x, stride_x, first, T, I, PARTS, WARPS)
-            total = fragment_sum(c, BLOCK_T, PARTS, WARPS)
-            token = first + tl.arange(0, BLOCK_T)
-            where = h + (token * len(banks_a) + linear)[:, None] * J + rank[None, :]
-            inside = (token < T)[:, None] & (rank < ranks)[None, :]
-            # A token that has an expert twice, as one without a routing may, has two places to fill: whoever waits for one must find it.
-            for k in tl.static_range(K):
-                mine = tl.load(experts + token * K + k, mask=token < T, other=-1) == expert
-                if S > 0:
-                    mine = mine & (n < ROUTED)
-                scale = tl.load(weights + token * K + k, mask=mine, other=0.0)
-                store_copies(
-                    where + k * r, total * scale[:, None], inside & mine[:, None], T * len(banks_a) * J, COPIES
-                )
-            if S > 0:
-                store_copies(where + K * r, total * shared_scale, inside & (n >= ROUTED), T * len(banks_a) * J, COPIES)
 
 
 @triton.jit
