@@ -14,6 +14,7 @@ from layerwise_token import one_launch
 
 from adafuse.engine.kernels import Step
 from adafuse.engine.linears import Linear
+from adafuse.engine.runs import Runs
 from adafuse.ops.decode import tile_of
 from adafuse.ops.launch import cdiv, launch_options, next_power_of_2, wait_for_inputs
 from adafuse.ops.ranks import EMPTY, copies_of_h
@@ -83,11 +84,14 @@ class LayerwiseStep(Step):
             name: cache.new_zeros(self.rows, sum(len(each) for each in self._matrices(0, name)))
             for name in self.inner_rows[0]
         }
-        self.wide_runs = [
-            {name: self.runs.of([_as_linear(each) for each in self._matrices(index, name)], None) for name in self.wide}
+        groups = [
+            ([_as_linear(each) for each in self._matrices(index, name)], None)
             for index in range(len(self.inner_rows))
+            for name in self.wide
         ]
-        self.runs.take_room(cache.device)
+        self.wide_runs = Runs(groups, self.rows, None, cache.element_size())
+        of_groups = iter(self.wide_runs.of_groups)
+        self.wide_blocks = [{name: next(of_groups) for name in self.wide} for _ in self.inner_rows]
 
     def _matrices(self, index, name):
         """All that multiplies the input of a group."""
@@ -97,6 +101,8 @@ class LayerwiseStep(Step):
     def run(self, tokens, positions, *, pdl):
         if self.rows == 1:
             self.all_h.fill_(EMPTY.value)
+        else:
+            self.wide_runs.clear()
         super().run(tokens, positions, pdl=pdl)
 
     def _linears(self, index, name, x, out, *, after_plan=False, pdl):
@@ -106,7 +112,7 @@ class LayerwiseStep(Step):
             one_launch(x, weights, self.inner_rows[index][name], banks_b, self.h[index][name], out, config, pdl=pdl)
             return
         wide = self.wide[name]
-        for run in self.wide_runs[index][name]:
+        for run in self.wide_blocks[index][name]:
             run(x, wide, after_plan=False, pdl=pdl)
         widths = tuple(b.shape[1] for b in banks_b)
         _choose_and_add_kernel[(sum(cdiv(width, BLOCK_O) for width in widths), self.rows)](

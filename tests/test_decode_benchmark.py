@@ -29,7 +29,7 @@ ROWS = [
     "graphed/layerwise",
     "graphed/pesc",
 ]
-BATCH = ["hf/eager", "engine/backbone", "published/pesc"]  # of several sequences, profiled
+BATCH = ["hf/eager", "engine/backbone", "published/pesc", "graphed/layerwise_ours"]  # of several sequences, profiled
 
 
 def run(*commands, before=""):

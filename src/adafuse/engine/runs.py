@@ -100,7 +100,7 @@ class Runs:
         self._rows, self._scratch = rows, {}
         pieces = [_pieces(*group) for group in groups]
         layers = [
-            ((linears[0].base.in_features, columns.stop - columns.start, len(linears)), config if part else None)
+            ((linears[0].base.weight.shape[1], columns.stop - columns.start, len(linears)), config if part else None)
             for group in pieces
             for linears, columns, part in group
         ]
