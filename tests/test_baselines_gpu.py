@@ -6,6 +6,8 @@ from baseline_methods import ALL, METHODS
 from families import VOCAB, batch
 from reference import relative_error
 
+from adafuse.engine.graph import captured
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
@@ -49,7 +51,7 @@ def test_a_cuda_graph_equals_eager(method, seq):
             model(**inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with captured(graph):
             logits = model(**inputs).logits
         inputs["input_ids"].copy_(fresh["input_ids"])
         graph.replay()

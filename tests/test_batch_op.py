@@ -8,6 +8,7 @@ from gpus import early_launch
 
 pytest.importorskip("triton")
 
+from adafuse.engine.graph import captured
 from adafuse.ops.batch import (
     add_delta_tiles,
     add_delta_tiles_ref,
@@ -336,7 +337,7 @@ def test_capture_and_dependent_launch_change_nothing():
 
     step()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with captured(graph):
         step()
     for part in got:
         part.fill_(torch.nan)

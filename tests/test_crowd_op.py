@@ -7,6 +7,7 @@ from test_batch_op import ROUTINGS, route
 
 pytest.importorskip("triton")
 
+from adafuse.engine.graph import captured
 from adafuse.ops.crowd import crowd, crowd_ref, cut_for
 from adafuse.ops.layout import dense_gates
 
@@ -269,7 +270,7 @@ def test_a_chain_in_a_graph(tokens):
 
     chain()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with captured(graph):
         chain()
     for _ in range(10):
         xs[0].normal_()

@@ -132,15 +132,14 @@ def test_tiles_change_nothing(size, tile):
 @pytest.mark.parametrize("block_o", [1, 2, 4, 8])
 @pytest.mark.parametrize("size", [(2, 264, (9,), 16, 3, 2, 5), (8, 520, (13, 8), 6, 2, 2, 0)], ids=str)
 def test_rows_in_parts_for_tensor_cores(size, block_o, dtype):
-    """One row in eight parts for groups of two tokens, to eight rows whole; features that fill neither parts nor loads. More experts than
-    choices, and fewer; ranks that do not fill the rows."""
+    """One row in eight parts for groups of two tokens, to eight rows whole; features that fill neither parts nor loads."""
     check(size, dtype, tile=Tile(block_o, 4))
 
 
 @pytest.mark.parametrize("kind", ROUTINGS)
 @pytest.mark.parametrize("num_experts", [5, 20])
 def test_tokens_that_share_experts_by_tensor_cores(kind, num_experts):
-    """A program computes the ranks of an expert for all its tokens, and none if an earlier choice is of the same expert."""
+    """Identical, distinct and uneven choices, of fewer and more experts than the tokens choose."""
     check((5, 64, (32, 16), num_experts, 5, 3, 2), torch.bfloat16, kind=kind)
 
 

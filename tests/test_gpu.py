@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adafuse import AdaFuseConfig, AdaFuseModel
+from adafuse.engine.graph import captured
 from adafuse.router import Router
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -99,7 +100,7 @@ def test_forward_in_a_cuda_graph_equals_eager():
             model(input_ids=ids, use_cache=False)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with captured(graph):
             logits = model(input_ids=ids, use_cache=False).logits
         ids.copy_(fresh)
         graph.replay()

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from adafuse.engine.graph import captured
 from adafuse.ops.batch import add_delta_tiles_ref, expand_tiles, shrink_tiles
 from adafuse.ops.beside import expand, shrink
 from adafuse.ops.crowd import crowd, crowd_ref, cut_for
@@ -293,7 +294,7 @@ def test_decode_runs_in_a_graph_without_host_sync():
     graph = torch.cuda.CUDAGraph()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.cuda.graph(graph):
+        with captured(graph):
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

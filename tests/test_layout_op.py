@@ -80,3 +80,12 @@ def test_large_sizes_on_the_gpu(tokens, num_experts, top_k, r):
     for kind in ROUTINGS:
         check(1, tokens, num_experts, top_k, r, 16, 64, 64, kind)
     check(32, min(tokens, 2048), num_experts, top_k, r, 0, 128, 64)
+
+
+def test_kernels_refuse_weights_that_need_a_gradient():
+    experts, weights = route("uniform", 9, 8, 2)
+    weights = weights.to(DEVICE).requires_grad_()
+    with pytest.raises(ValueError, match="gradient"):
+        layout.lay_out(experts.to(DEVICE), weights, num_experts=8, r=4)
+    with torch.no_grad():
+        assert layout.lay_out(experts.to(DEVICE), weights, num_experts=8, r=4).tokens == 9

@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adafuse.engine.graph import captured
 from adafuse.ops import switch as op
 from adafuse.ops.switch import Segment, SwitchTable, Tile, switch, switch_ref
 
@@ -319,7 +320,7 @@ def test_a_captured_launch_follows_its_routing():
     with torch.no_grad():
         switch(table, *new, old=old)  # compiles
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with captured(graph):
             switch(table, *new, old=old)
         for _ in range(3):
             for buffer, value in zip(new, a_routing(segments, 2, 3), strict=True):

@@ -6,6 +6,7 @@ import torch
 
 from adafuse.config import AdaFuseConfig
 from adafuse.costs import H100, Device
+from adafuse.engine.graph import captured
 from adafuse.integrations.vllm.fused import linear_by_kernels
 from adafuse.integrations.vllm.op import Group, Shape, add_by_kernels, add_dense, linear_dense
 from adafuse.integrations.vllm.routing import Step
@@ -332,7 +333,7 @@ def test_a_cuda_graph_holds_step_and_linears(tokens, shared_rank):
 
     run()  # compiles
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with captured(graph):
         y = run()
     for _ in range(3):
         x.normal_()

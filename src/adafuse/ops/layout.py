@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import can_launch, cdiv, next_power_of_2
 
 KEY_BITS = 62  # of an int64, leaving the sign alone
@@ -99,6 +100,8 @@ def lay_out(experts, weights, *, num_experts, r, shared_rank=0, shared_scale=1.0
 
     sizes = {"r": r, "shared_rank": shared_rank, "block_t": block_t, "block_r": block_r}
     on_kernels = can_launch(experts) and 0 < tokens <= MOST_SORTED and cdiv(rank, block_r) <= KEY_BITS
+    if on_kernels:
+        refuse_gradients(weights)
     laid_out = (_by_kernels if on_kernels else _by_torch)(experts, weights, num_experts, shared_scale, **sizes)
     return Tiles(*laid_out, **sizes, top_k=top_k)
 
