@@ -33,3 +33,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """For whole models in the interpreter, whose time is that of programs: those of `decode` that compute h take 8 ranks each, not one."""
+    if not torch.cuda.is_available():
+        interpreter.take_ranks(8, monkeypatch.setattr)

@@ -10,6 +10,8 @@ from adafuse import AdaFuseConfig, AdaFuseModel
 from adafuse.baselines import RandomConfig, RandomModel
 from adafuse.baselines.random_routing import HashRouter
 
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 
 def mix(x):
     x &= 0xFFFFFFFF

@@ -34,7 +34,8 @@ BATCH = ["hf/eager", "engine/backbone", "published/pesc", "graphed/layerwise_our
 
 def run(*commands, before=""):
     """Benchmarks (script, arguments) one after another in a process of their own. before: code that it runs first."""
-    code = "import sys; sys.path[:0] = ['benchmarks', 'tests']; import interpreter; interpreter.make_fast()\n" + before
+    code = "import sys; sys.path[:0] = ['benchmarks', 'tests']; import interpreter; "
+    code += "interpreter.make_fast(); interpreter.take_ranks(8)\n" + before
     for script, *arguments in commands:
         code += f"\nimport {script}; sys.argv = {[script, *arguments]}; {script}.main()"
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

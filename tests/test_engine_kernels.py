@@ -14,6 +14,8 @@ from adafuse.costs import fused_form
 from adafuse.engine.runner import Runner
 from adafuse.ops.switch import switch
 
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COUNT = 200 if torch.cuda.is_available() else 6
 ADAPTERS = {

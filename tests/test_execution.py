@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import drift as drift_benchmark
 
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 
