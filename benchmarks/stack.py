@@ -269,13 +269,13 @@ class Batch(Banks):
         return lay_out(self.experts, self.weights, num_experts=self.num_experts, r=self.r, **blocks)
 
     def run(self, form=None, **given):
-        """A step: all groups in one form, or each in the one that the library takes. given: keywords of the form's kernel, blocks of the
-        layout, or fields of `crowd`'s Cut. Early launch is the engine's, which runs few tokens."""
+        """A step: all groups in one form, or each in its own (a list), by default in the one that the library takes. given: keywords of the
+        form's kernel, blocks of the layout, or fields of `crowd`'s Cut. Early launch is the engine's, which runs few tokens."""
         stack, blocks = (
             self.stack,
             {name: given.pop(name) for name in ("block_t", "block_r") if name in given and form != "crowd"},
         )
-        names = [form] * len(stack.groups) if form else self.choices()
+        names = [form] * len(stack.groups) if isinstance(form, str) else form or self.choices()
         tiles = cache(lambda: self.tiles(**blocks))
         gates = cache(lambda: dense_gates(self.experts, self.weights, self.num_experts))
         launch = {name: getattr(self, f"_{name}")(tiles, gates, **given) for name in set(names)}
@@ -340,7 +340,7 @@ class Batch(Banks):
 
         return launch
 
-    def _decode(self, *_):
+    def _decode(self, *_, pdl=True):
         stack, active, tokens = self.stack, self.top_k * self.r, len(self.experts)
         chosen = Chosen(self.experts, self.weights, self.num_experts, self.r, 0, shared_scale=1.0)
         shapes = [(copies_of_h(active), tokens, len(g.widths), active) for g in stack.groups] * stack.blocks
@@ -350,7 +350,7 @@ class Batch(Banks):
         def launch(step, block, index, group, x, y):
             banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "chosen": chosen}
             h = room[step].view(shapes[step])
-            decode(x, stack.linears(block, index), y, **banks, h=h, pdl=True, after_plan=step == 0)
+            decode(x, stack.linears(block, index), y, **banks, h=h, pdl=pdl, after_plan=step == 0)
 
         return launch
 

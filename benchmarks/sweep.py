@@ -133,6 +133,19 @@ def sweep_few(sweep, model, tokens):
         free()
 
 
+def sweep_mixed(sweep, model, tokens):
+    """A few tokens of r 64 where groups take different forms: what a step loses, or gains, by it, with early launch and without."""
+    stack = Stack(model, tokens=tokens)
+    bound = record.row("read", {}, best_read_times(stack.flat), "ms")
+    sweep.rows.append(bound)
+    batch = Batch(stack, num_experts=8, r=64, top_k=2)
+    for crowds in range(len(stack.groups) + 1):
+        forms = ["crowd"] * crowds + ["decode"] * (len(stack.groups) - crowds)
+        for pdl in (True, False):
+            case = {"tokens": tokens, "crowd": crowds, "pdl": pdl}
+            sweep.time("forms", case, partial(batch.run, forms, pdl=pdl), bound, stack.prepare, error=batch.error)
+
+
 def sweep_batch(sweep, model, tokens):
     stack = Stack(model, tokens=tokens)
     repeats = 20 if tokens < 1000 else 6
@@ -210,6 +223,7 @@ def main():
     kernels = {
         "decode": sweep_decode,
         "few": sweep_few,
+        "mixed": sweep_mixed,
         "batch": sweep_batch,
         "pieces": sweep_pieces,
         "crowd": sweep_crowd,

@@ -84,6 +84,13 @@ def test_a_batch_runs_each_group_in_the_form_that_the_library_takes(monkeypatch)
     assert next(taken, None) is None
 
 
+def test_a_batch_runs_each_group_in_the_form_that_is_asked_for():
+    toy = stack.Stack("toy", tokens=5, device=DEVICE)
+    batch = stack.Batch(toy, num_experts=4, r=4, top_k=2)
+    batch.run(["crowd", "decode", "decode", "crowd"], pdl=False)
+    assert batch.error() < LIMIT
+
+
 def test_the_scripts_import():
     import bench_kernels as kernels
     import sweep
