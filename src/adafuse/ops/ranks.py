@@ -171,13 +171,11 @@ def shrink_block(
 
 @triton.jit
 def store_copies(where, total, mask, stride, COPIES: tl.constexpr):
-    """Numbers of h, as bits that are never EMPTY, into each copy."""
-    N: tl.constexpr = total.numel
-    where, mask = where.reshape(N), mask.reshape(N)
-    bits = total.reshape(N).to(tl.int32, bitcast=True)
+    """Numbers of h [N], as bits that are never EMPTY, into each copy."""
+    bits = total.to(tl.int32, bitcast=True)
     bits = tl.where(bits == EMPTY, QUIET_NAN, bits)
-    copy = tl.arange(0, COPIES) * stride
-    tl.store(where[None, :] + copy[:, None], tl.broadcast_to(bits[None, :], [COPIES, N]), mask=mask[None, :])
+    where = where[None, :] + (tl.arange(0, COPIES) * stride)[:, None]
+    tl.store(where, tl.broadcast_to(bits[None, :], where.shape), mask=mask[None, :])
 
 
 # --- programs that wait for it ------------------------------------------------------------------------------------------
