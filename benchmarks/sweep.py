@@ -57,13 +57,7 @@ EXPAND = (
 BATCH = {
     "tiles": ({}, {"block_t": 64}),
     "gated": ({}, {"block_t": 128}, {"block_r": 16}),
-    "matmul": (
-        {},
-        {"group": 8},
-        {"num_stages": 4},
-        {"block_o": 128, "num_warps": 4, "resident": 2},
-        {"block_o": 128, "num_warps": 4, "resident": 2, "group": 8},
-    ),
+    "matmul": ({}, {"group": 8}, {"num_stages": 4}, {"block_o": 128}),
 }
 PRISTINE = tuple(Tile(stagger=n) for n in (0, 1, 5))
 IN_PLACE = (

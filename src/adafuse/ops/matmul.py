@@ -100,16 +100,13 @@ def _matmul_kernel(
 # --- launcher -------------------------------------------------------------------------------------------------------------
 
 
-def matmul_tiles(
-    x, base_weights, h, b, tiles: Tiles, out, *, block_o=None, group=4, num_stages=3, num_warps=8, resident=1
-):
+def matmul_tiles(x, base_weights, h, b, tiles: Tiles, out, *, block_o=None, group=4, num_stages=3):
     """out[order[t], column(m) + o] = sum_i base_weights[m][o, i] x[order[t], i] + sum_rank b[m][rank, o] h[m, t, rank].
 
     x [T, I], its last axis contiguous; base_weights: for each linear of the group, three at most, [O_m, I], the rows a multiple of
     16 bytes (`readable`); h from `shrink_tiles` of the same x and tiles; b: for each linear [R, O_m], readable too; all of one dtype:
     bf16, fp16 or fp32. out [T, O_1 + ... + O_M], rows may lie apart, written whole. Summed in fp32 and rounded once. The remaining
-    keywords are block sizes, which default by dtype, and how many programs a processor is to hold. No host sync, no allocation: safe
-    inside a CUDA graph.
+    keywords are block sizes, which default by dtype. No host sync, no allocation: safe inside a CUDA graph.
     """
     base_weights, b = tuple(base_weights), tuple(b)
     _check(x, base_weights, h, b, tiles, out)
@@ -123,11 +120,11 @@ def matmul_tiles(
     b_tiles = [TensorDescriptor.from_tensor(part, [tiles.block_r, block_o]) for part in b]
     h_tiles = TensorDescriptor.from_tensor(h.view(-1, h.shape[-1]), [tiles.block_t, tiles.block_r])
     with torch.cuda.device_of(x):
-        _matmul_kernel[(min(resident * processors(x), tiles.num_tiles * columns),)](
+        _matmul_kernel[(min(processors(x), tiles.num_tiles * columns),)](
             x, *w_tiles, *missing, h_tiles, *b_tiles, *missing, out,
             tiles.order, tiles.counts, tiles.blocks, tiles.tokens, x.stride(0), out.stride(0),
             widths=widths, COLUMNS=columns, I=x.shape[1], NUM_BLOCKS=tiles.num_blocks, LISTED=next_power_of_2(tiles.num_blocks),
-            GROUP=group, STAGES=num_stages, **block, num_warps=num_warps, num_stages=num_stages,
+            GROUP=group, STAGES=num_stages, **block, num_warps=8, num_stages=num_stages,
         )  # fmt: skip
     return out
 
