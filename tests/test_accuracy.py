@@ -289,6 +289,12 @@ def test_workers_do_what_one_process_does(places, tmp_path):
     assert [result["score"] for result in one] == [result["score"] for result in two]
 
 
+def test_gpus_of_the_same_instructions_share_a_study(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert study.kind_of(torch.device("cuda", 1)) == "sm_90"
+    assert study.kind_of(torch.device("cpu")) == "cpu"
+
+
 def test_workers_take_turns_in_choosing_a_gpu(monkeypatch):
     for count, expected in ((0, ["cpu"] * 3), (1, ["cuda:0"] * 3), (2, ["cuda:0", "cuda:1", "cuda:0"])):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)

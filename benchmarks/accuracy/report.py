@@ -111,8 +111,6 @@ def heatmap_rows(results, names) -> list[dict]:
 
 
 def common_environment(results) -> dict:
-    """The environment of the runs; of what differs, all values. ValueError if they were made on different GPUs."""
+    """The environment of the runs; of what differs, all values."""
     environments = [result["env"] for result in results]
-    if len(gpus := {env["gpu"] for env in environments}) > 1:
-        raise ValueError(f"the runs were made on different GPUs: {', '.join(sorted(gpus))}")
     return {key: ", ".join(sorted({env[key] for env in environments})) for key in environments[0]}

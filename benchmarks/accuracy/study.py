@@ -79,7 +79,7 @@ class Study:
             {
                 "items": self.items.source,
                 "base": _hash_of(self.base),
-                "device": self.environment["gpu"],
+                "device": kind_of(device),
                 **{name: getattr(options, name) for name in ("epochs", "batch", "schedule")},
             },
         )
@@ -199,6 +199,11 @@ def device_of(worker):
     """Where a worker computes: GPU `worker` modulo their number, or the CPU."""
     count = torch.cuda.device_count()
     return torch.device("cuda", worker % count) if count else torch.device("cpu")
+
+
+def kind_of(device):
+    """What the runs of a study must have in common: a GPU's instructions, not its memory. H100 and H200 are both sm_90."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else device.type
 
 
 def _start_worker(options, numbers):
