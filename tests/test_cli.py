@@ -121,6 +121,15 @@ def test_a_failure_is_one_line_and_exit_code_1(adafuse, base, trained, tmp_path)
     assert not (tmp_path / "new.html").exists()
 
 
+def test_logits_that_are_no_numbers_are_one_line(adafuse, trained, monkeypatch):
+    def no_numbers(*_, **__):
+        raise FloatingPointError("the logits of prompt 0 after 0 new tokens are NaN or infinite")
+
+    monkeypatch.setattr("adafuse.generation.run_generation", no_numbers)
+    code, _, err = adafuse("generate", "--adapter", trained, "--prompt", "a")
+    assert (code, one_line(err)) == (1, "error: the logits of prompt 0 after 0 new tokens are NaN or infinite")
+
+
 @pytest.mark.parametrize(
     "words",
     [["train"], ["eval", "--data", "x.jsonl"], ["generate", "--nonsense"], ["nothing"], ["train", "--r", "two"]],

@@ -3,11 +3,12 @@
 import gc
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from engine_models import NAMES, adapted, bare, generated, logits_of, prompt
+from engine_models import NAMES, adapted, bare, generated, logits_of, prompt, roomy
 from engine_uses import KINDS, whatever_a_user_does
 from families import VOCAB
 from reference import relative_error
@@ -211,6 +212,25 @@ def test_training_mode_and_dropout_do_not_matter():
     assert model.training
 
 
+@pytest.mark.parametrize("model", [bare, adapted, partial(roomy, "gpt2")], ids=["bare", "adapted", "another family"])
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_inference_mode_leaves_the_engine_usable(model, made_inside):
+    model, settings = model(), {"max_new_tokens": 4, "temperature": 1.0, "seed": 3, "repetition_penalty": 1.5}
+    wanted = engine(model).generate([prompt(20)], **settings)
+    with torch.inference_mode(made_inside):
+        one = engine(model)
+    with torch.inference_mode():
+        assert one.generate([prompt(20)], **settings) == wanted
+    assert one.generate([prompt(20)], **settings) == wanted
+
+
+def test_a_model_without_a_generation_config_runs():
+    model = bare()
+    wanted = engine(model).generate([prompt(9)], max_new_tokens=4, eos_token_id=())
+    model.generation_config = None
+    assert engine(model).generate([prompt(9)], max_new_tokens=4) == wanted
+
+
 def test_autocast_does_not_matter():
     model, ids = adapted(), prompt(20)
     with torch.autocast("cpu", torch.bfloat16):
@@ -406,6 +426,7 @@ def test_an_interrupted_prompt_spoils_nothing_for_the_next(monkeypatch):
     ("prompts", "settings", "says"),
     [
         ("abc", {}, r"prompts must be a list of strings or of lists of token ids, got str; pass \[prompt\]"),
+        (torch.ones(1, 3), {}, "got Tensor; pass its input_ids as lists, without padding"),
         (7, {}, "got int"),
         ([5, 6], {}, "prompt 0 must be a string or a list of token ids, got int"),
         (["abc"], {}, "prompt 0 is a string and the engine has no tokenizer"),
@@ -477,6 +498,11 @@ def test_numbers_of_numpy_are_numbers(bare_engine):
         bare_engine.generate([[np.float64(3)]])
 
 
+def test_any_number_may_be_top_k(bare_engine):
+    settings = {"temperature": 1.0, "seed": 3, "max_new_tokens": 5}
+    assert bare_engine.generate([[1]], top_k=10**30, **settings) == bare_engine.generate([[1]], **settings)
+
+
 def test_streaming_needs_a_tokenizer(bare_engine):
     with pytest.raises(ValueError, match="stream yields text, and the engine has no tokenizer"):
         bare_engine.stream([1, 2])
@@ -493,6 +519,10 @@ def test_what_is_no_such_model_is_refused():
     del model.model.layers[1].mlp.up_proj
     with pytest.raises(ValueError, match=r"lacks 1 module\(s\) of its family, first blocks.1.mlp.up_proj"):
         Engine(model)
+    wide = bare()
+    wide.lm_head = torch.nn.Linear(wide.lm_head.in_features, VOCAB + 1, bias=False)
+    with pytest.raises(ValueError, match=f"has {VOCAB + 1} logits for {VOCAB} embeddings"):
+        Engine(wide)
     half = bare()
     half.model.layers[1].to("meta")
     with pytest.raises(ValueError, match="is on cpu, meta; the engine needs all of it in the memory of one device"):

@@ -3,11 +3,15 @@
 import pytest
 import torch
 from engine_models import NAMES as OWN
-from engine_models import generated, prompt, roomy
+from engine_models import generated, logits_of, prompt, roomy
 from families import NAMES, fill
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     OlmoConfig,
     OlmoForCausalLM,
     Phi3Config,
@@ -132,6 +136,44 @@ def test_logits_that_are_no_numbers_do_not_stay():
         one.generate([prompt(40)], max_new_tokens=4)
     weight.data.copy_(kept)
     assert one.generate([ids], max_new_tokens=4) == wanted
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "adapted"])
+@pytest.mark.parametrize("window", [8, 128])
+def test_a_model_that_reads_the_mask_in_a_way_of_its_own_is_refused(window, wrapped):
+    """Its local attention takes the rows of its mask from the length of the keys, which are the whole buffer."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 512}
+    model = GPTNeoForCausalLM(GPTNeoConfig(**sizes, window_size=window, attention_types=[[["global", "local"], 1]]))
+    with torch.no_grad():
+        for parameter in model.parameters():  # weights as of a trained model: attention matters
+            parameter.add_(0.08 * torch.randn_like(parameter))
+    if wrapped:
+        model = AdaFuseModel(model, AdaFuseConfig(r=2, num_experts=4))
+    with pytest.raises(ValueError, match=r"\(gpt_neo\) computes something else on the engine's cache than by itself"):
+        engine(model.eval())
+
+
+def test_a_model_that_does_not_run_on_the_cache_is_refused():
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = FalconForCausalLM(FalconConfig(**sizes, alibi=True, max_position_embeddings=512))
+    with pytest.raises(
+        ValueError, match=r"\(falcon\) does not run on the engine's cache \(ValueError: .*use model.gen"
+    ):
+        engine(model.eval())
+
+
+def test_a_window_that_a_family_does_not_look_at_changes_nothing():
+    config = OlmoConfig(**SHORT, max_position_embeddings=256, sliding_window=10)
+    model, ids = OlmoForCausalLM(config).eval(), prompt(40)
+    got = engine(model).generate([ids], max_new_tokens=20, eos_token_id=())[0].ids
+    assert logits_of(model, ids + got)[39:-1].argmax(-1).tolist() == got
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_an_engine_for_a_few_tokens_is_tried_out_too(count):
+    model = a_model("gpt2")
+    (got,) = engine(model, max_seq_len=count + 1).generate([prompt(count)], max_new_tokens=1, eos_token_id=())
+    assert got.ids == generated(model, prompt(count), 1)
 
 
 def test_what_the_engine_cannot_run_is_refused():

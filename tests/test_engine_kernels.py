@@ -331,7 +331,8 @@ def test_what_only_a_gpu_has_is_refused_elsewhere(monkeypatch):
         Engine(model, graphs=True)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(
-        ValueError, match='runs GPU kernels, and the model is on cpu; move it to a GPU, or use "reference"'
+        ValueError,
+        match="kernels=True runs GPU kernels, and the model is on cpu; move it to a GPU, or leave kernels out",
     ):
         Engine(model, kernels=True)
 

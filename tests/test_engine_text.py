@@ -83,6 +83,14 @@ def test_stop_strings_count_from_the_minimum_on():
     assert pieces_of(tok, tok("a.b.c.").input_ids, (".",), min_tokens=2)[1].text == "a.b"
 
 
+def test_a_stop_string_that_began_before_the_minimum_counts():
+    tok = tokenizer()
+    ids = [tok("a").input_ids[0], tok("b").input_ids[0], tok("c").input_ids[0]]
+    pieces, text = pieces_of(tok, ids, ("bc",), min_tokens=2)
+    assert text.text == "a" == "".join(pieces)
+    assert pieces_of(tok, ids, ("bc",), min_tokens=3)[1].text == "abc"
+
+
 def words():
     """A tokenizer of words that begin with their space, which decoding takes from the first, as Llama 2's."""
     vocabulary = {"<unk>": 0, "▁one": 1, "▁two": 2, "x": 3, **{f"<0x{byte:02X}>": 4 + byte for byte in range(256)}}

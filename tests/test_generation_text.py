@@ -205,9 +205,10 @@ def test_the_command_by_the_engine_prints_the_same(tmp_path, capsys, monkeypatch
     assert printed[0] == printed[1]
 
 
-def test_a_model_that_the_engine_does_not_run_is_generated_from_and_it_says_so(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("kind", [ValueError, ImportError])
+def test_a_model_that_the_engine_does_not_run_is_generated_from_and_it_says_so(tmp_path, capsys, monkeypatch, kind):
     def refuse(*_, **__):
-        raise ValueError("a Linear4bit is no plain nn.Linear")
+        raise kind("a Linear4bit is no plain nn.Linear")
 
     _, adapter = save_adapted(tmp_path)
     monkeypatch.setattr("adafuse.generation._on_gpu", lambda model: True)
@@ -216,6 +217,9 @@ def test_a_model_that_the_engine_does_not_run_is_generated_from_and_it_says_so(t
     found = capsys.readouterr()
     assert "not on the engine, but by transformers' generate: a Linear4bit is no plain nn.Linear\n" in found.err
     assert found.out.strip()
+    with pytest.raises(ValueError, match="1 new token or more"):
+        run_generation(adapter, None, "one ", max_new_tokens=-5)
+    assert "not on the engine" not in capsys.readouterr().err
 
 
 def test_the_engine_gives_the_same_tokens_and_refuses_the_same(shared_model):

@@ -287,7 +287,7 @@ def main():
     """Entry point: 0 done, 1 failed with one line on stderr, 2 wrong usage."""
     try:
         app()
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from adafuse.base import load_adapted, load_base
 from adafuse.data import prompt_ids, read_jsonl
+from adafuse.layers import in_eval_mode
 
 NO_DOMAIN = "(no domain)"
 
@@ -159,18 +159,6 @@ def run_evaluation(
         settings = {"data": str(data), "adapter": adapter and str(adapter), "base": base and str(base), "chat": chat}
         Path(out).write_text(json.dumps({**settings, **result.to_dict()}, indent=2) + "\n", encoding="utf-8")
     return result
-
-
-@contextmanager
-def in_eval_mode(model):
-    """Dropout off inside; each module's own mode comes back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def position_limit(model) -> int | None:

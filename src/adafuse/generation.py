@@ -14,7 +14,8 @@ from transformers import TextStreamer, set_seed
 from adafuse.base import load_adapted
 from adafuse.data import prompt_ids
 from adafuse.engine import Engine
-from adafuse.evaluation import in_eval_mode, position_limit
+from adafuse.evaluation import position_limit
+from adafuse.layers import in_eval_mode
 
 # Eight colours of the 256-colour palette that stay apart on light and dark terminals; expert e takes colour e modulo 8.
 COLOURS = ("color(33)", "color(166)", "color(35)", "color(162)", "color(136)", "color(98)", "color(37)", "color(160)")
@@ -98,12 +99,12 @@ def _on_gpu(model) -> bool:
     return model.device.type == "cuda"
 
 
-def _engine_of(model, tokenizer, prompt, *, max_new_tokens=128, chat=False, **_):
-    """An Engine for one prompt; None, having said why, for a model that it does not run (a quantised one, say)."""
-    length = len(prompt_ids(tokenizer, prompt, chat=chat)) + max_new_tokens
+def _engine_of(model, tokenizer, prompt, *, max_new_tokens=128, temperature=0.0, top_p=1.0, chat=False):
+    """An Engine for one prompt; None, having said why, for a model that it does not run (a quantised one, say), or without Triton."""
+    ids = _checked_prompt(model, tokenizer, prompt, max_new_tokens, temperature, top_p, chat)
     try:
-        return Engine(model, max_seq_len=length, max_batch=1, tokenizer=tokenizer)
-    except ValueError as error:
+        return Engine(model, max_seq_len=len(ids) + max_new_tokens, max_batch=1, tokenizer=tokenizer)
+    except (ValueError, ImportError) as error:
         print(f"not on the engine, but by transformers' generate: {error}", file=sys.stderr)
         return None
 
@@ -157,6 +158,6 @@ def _agreeing(a: str, b: str) -> int:
 
 def _ends(model, tokenizer) -> list[int] | None:
     """The ids that end a text: those of the base's generation config, and the tokenizer's EOS, which training puts behind answers."""
-    ends = model.get_base_model().generation_config.eos_token_id
+    ends = getattr(model.get_base_model().generation_config, "eos_token_id", None)
     ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
     return sorted((ends | {tokenizer.eos_token_id}) - {None}) or None

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from adafuse.evaluation import in_eval_mode, position_limit
+from adafuse.evaluation import position_limit
+from adafuse.layers import in_eval_mode
 
 COLLAPSED = 0.1  # an expert that gets less than this share of an even load counts as collapsed
 

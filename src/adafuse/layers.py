@@ -245,6 +245,18 @@ class AdapterLinear(nn.Module):
         return self.bank.out_features
 
 
+@contextmanager
+def in_eval_mode(model):
+    """Dropout off inside; each module's own mode comes back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def device_of(module) -> torch.device:
     """Where a module computes: the device of its weights; for one that accelerate offloads (they are on "meta"), its hook's."""
     device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))

@@ -17,8 +17,8 @@ from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, Train
 from transformers.trainer import TRAINER_STATE_NAME
 
 from adafuse.data import IGNORED
-from adafuse.evaluation import in_eval_mode
 from adafuse.inspection import summarise
+from adafuse.layers import in_eval_mode
 from adafuse.router import Routing
 
 PARTS = ("all", "router", "experts")

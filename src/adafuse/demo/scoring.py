@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from adafuse.data import prompt_ids
-from adafuse.evaluation import in_eval_mode
+from adafuse.layers import in_eval_mode
 
 NUMBER = re.compile(r"(?<!\w)-?\d+(?:\.\d+)?")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")

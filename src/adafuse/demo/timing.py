@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from adafuse.evaluation import in_eval_mode
+from adafuse.layers import in_eval_mode
 
 WARM_UP = 4  # tokens before the clock counts: allocations, lazy set-up
 

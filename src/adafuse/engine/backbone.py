@@ -51,7 +51,7 @@ class Embedded:
 
     @property
     def vocab_size(self) -> int:
-        """Token ids that may be given; the head may have as many logits or more."""
+        """Token ids there are: embeddings, and as many logits."""
         return self.embeddings.weight.shape[0]
 
 
@@ -85,6 +85,7 @@ def read_backbone(model) -> Backbone:
     decoder, (_, blocks) = base.get_decoder(), find_blocks(base)
     _check_structure(base, decoder, blocks)
     check_one_device(model)
+    check_vocabulary(base)
     attention = blocks[0].self_attn
     found = Backbone(
         embeddings=base.get_input_embeddings(),
@@ -172,6 +173,16 @@ def check_one_device(model):
     if len(devices) != 1 or next(iter(devices)).type == "meta":
         raise ValueError(
             f"the model is on {', '.join(sorted(map(str, devices)))}; the engine needs all of it in the memory of one device"
+        )
+
+
+def check_vocabulary(base):
+    """ValueError for a head with more logits than there are embeddings, or fewer: what is picked could not be gone on with."""
+    rows, logits = (part.weight.shape[0] for part in (base.get_input_embeddings(), base.get_output_embeddings()))
+    if rows != logits:
+        raise ValueError(
+            f"the head of {type(base).__name__} has {logits} logits for {rows} embeddings; the engine needs as many of both: use "
+            "model.generate"
         )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from adafuse.engine.backbone import MODEL_TYPES, addresses, base_of, read_backbone
 from adafuse.engine.generic import HfRunner, addresses_of, check_graphs, read_whole
+from adafuse.engine.graph import kept_tensors
 from adafuse.engine.linears import Gate
 from adafuse.engine.readback import Readback
 from adafuse.engine.record import Record
@@ -19,6 +20,7 @@ from adafuse.engine.runner import Runner
 from adafuse.engine.sampling import Sampler, is_whole
 from adafuse.engine.sequence import Generation
 from adafuse.execution import check_available
+from adafuse.layers import in_eval_mode
 from adafuse.model import AdaFuseModel
 
 
@@ -74,6 +76,7 @@ class Engine:
     without Triton.
     """
 
+    @kept_tensors
     def __init__(
         self,
         model,
@@ -102,6 +105,8 @@ class Engine:
         sizes = {"max_seq_len": self.max_seq_len, "max_batch": max_batch, "chunk": prefill_chunk}
         runner = Runner if own else HfRunner
         self._runner = runner(self._backbone, gate, **sizes, kernels=self._kernels, graphs=graphs)
+        if not own:
+            self._try_out()
         self._limits = Limits(self.max_seq_len, max_batch, self._backbone.vocab_size)
         self._readback = Readback(max_batch, self._backbone.device)
         # A graph is queued before the host has read the token of the one before it.
@@ -133,8 +138,22 @@ class Engine:
                 "adapter's kernels"
             )
         if self._kernels:
-            check_available("fused", self._backbone.device)
+            try:
+                check_available("fused", self._backbone.device)
+            except ValueError as error:
+                raise ValueError(
+                    f"kernels=True runs GPU kernels, and the model is on {self._backbone.device}; move it to a GPU, or leave kernels out"
+                ) from error
             self._check_kernels(gate)
+
+    def _try_out(self):
+        """Of a model that runs as it is, the backbone: what an adapter adds runs along."""
+        with in_eval_mode(base_of(self.model)):
+            if isinstance(self.model, AdaFuseModel):
+                with self.model.disable_adapter():
+                    self._runner.try_out()
+            else:
+                self._runner.try_out()
 
     def _check_kernels(self, gate):
         from adafuse.engine.kernels import check_kernels  # here, since it needs Triton

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from adafuse.engine.attention import CHANGING
-from adafuse.engine.backbone import Embedded, base_of, check_one_device, max_positions, ropes_of
+from adafuse.engine.backbone import Embedded, base_of, check_one_device, check_vocabulary, max_positions, ropes_of
 from adafuse.engine.runner import Runner
 from adafuse.layers import recording
 from adafuse.model import AdaFuseModel
@@ -19,6 +20,11 @@ from adafuse.router import Routing
 
 ATTENTION = {"full_attention", "sliding_attention"}
 ADVICE = "use model.generate"
+TRIED = 12  # tokens of the text that a model is tried out with, the last of them one by one
+STEPS = 4
+# Of logits, relative: two orders of summation, on a GPU perhaps in TF32; in 16 bits a backbone's own experts may change at a token or
+# two. A mask read wrongly gave 0.2 and more.
+TOLERANCE, ROUNDED = 1e-2, 0.1
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ def read_whole(model) -> Whole:
         )
     if base.get_output_embeddings() is None:
         raise ValueError(f"{name} has no head that the engine finds (get_output_embeddings): {ADVICE}")
+    check_vocabulary(base)
     return Whole(base, base.get_input_embeddings(), base.get_output_embeddings(), max_positions(config))
 
 
@@ -115,6 +122,8 @@ class HfRunner(Runner):
         ]
         self._cache = Cache(layers=self.layers)
         self._lowest = torch.finfo(whole.dtype).min
+        # A family without kinds of blocks that makes no such mask itself attends to all, whatever its config has beside.
+        self._has_windows = hasattr(sys.modules[type(whole.base).__module__], "create_sliding_window_causal_mask")
 
     def _forward(self, tokens, positions, row, length, adapted, last=None):
         rows = slice(row, row + len(tokens))
@@ -126,12 +135,54 @@ class HfRunner(Runner):
         self._routed = record.routing
         return logits.flatten(0, 1) if last is None else logits[0, last]
 
+    @torch.no_grad()
+    def try_out(self):
+        """ValueError for a model that does not compute, or computes something else, on the engine's cache and with its masks.
+
+        Some families read the shape of a mask, or of the cache, in ways of their own. A short text is run in one forward and on the
+        cache; what counts is the median over tokens of ||logits - expected|| / ||expected||.
+        """
+        count = min(TRIED, self._last + 1)
+        ids = (torch.arange(count, device=self.tokens.device) * 7 + 3).remainder(self.backbone.vocab_size)[None]
+        try:
+            with torch.autocast(ids.device.type, enabled=False):
+                expected = self.backbone.base(input_ids=ids, use_cache=False).logits[0].float()
+            found = self._on_cache(ids, max(1, count - STEPS)).float()
+        except Exception as error:
+            raise ValueError(
+                f"{self._name} does not run on the engine's cache ({type(error).__name__}: {error}): {ADVICE}"
+            ) from error
+        finally:
+            self.forget()
+        if not expected.isfinite().all():
+            return  # the weights are no numbers, which a generation will say
+        errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-6)
+        worst = max(part.median().item() for part in errors.split(max(1, count - STEPS)))
+        if worst > (TOLERANCE if self.backbone.dtype.itemsize > 2 else ROUNDED):
+            raise ValueError(
+                f"{self._name} computes something else on the engine's cache than by itself (relative error of the logits {worst:.2g}): "
+                f"{ADVICE}"
+            )
+
+    def _on_cache(self, ids, prompt):
+        """Logits [S, V] of ids [1, S]: so many as a prompt, the others step by step."""
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        parts = [self._forward(ids[:, :prompt], positions[:, :prompt], 0, prompt, False)]
+        for place in range(prompt, ids.shape[1]):
+            now = slice(place, place + 1)
+            parts.append(self._forward(ids[:, now], positions[:, now], 0, self.length, False))
+        return torch.cat(parts)
+
+    @property
+    def _name(self):
+        return f"{type(self.backbone.base).__name__} ({self.backbone.base.config.model_type})"
+
     def _masks(self, positions, length):
         """What is added to the scores: 0 where a token may look, the lowest number elsewhere. Of each kind of attention, if several."""
         config, keys = self.backbone.config, torch.arange(length, device=positions.device)
         own = positions[:, None, :, None]
-        window = getattr(config, "sliding_window", None)
         kinds = set(getattr(config, "layer_types", None) or [])
+        window = getattr(config, "sliding_window", None) if kinds or self._has_windows else None
         seen = {"full_attention": keys <= own}
         if window is not None:
             seen["sliding_attention"] = (keys <= own) & (keys > own - window)

@@ -10,6 +10,9 @@ import torch
 
 from adafuse.execution import in_graph
 
+# Decorates what makes tensors that outlive a call: made inside torch.inference_mode() they could not be written to outside of it.
+kept_tensors = torch.inference_mode(mode=False)
+
 WARMUP = 2  # runs before a capture: kernels are compiled and loaded in the first
 
 
@@ -37,6 +40,7 @@ class Graphs:
     def __contains__(self, name) -> bool:
         return name in self._graphs
 
+    @kept_tensors
     @torch.no_grad()
     def capture(self, name, run: Callable[[], None]):
         """Run `run` twice, then capture it. It must not wait for the device, nor allocate what outlives it."""

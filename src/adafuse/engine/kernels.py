@@ -203,7 +203,7 @@ def check_kernels(backbone: Backbone, gate: Gate | None, max_batch: int):
     if hidden > MAX_HIDDEN:
         raise ValueError(f"hidden states of {hidden} features: the kernels take up to {MAX_HIDDEN}; {ADVICE}")
     if gate is not None and not gate.config.scale:
-        raise ValueError(f"lora_alpha=0 switches the experts off: call model.disable_adapter(), or {ADVICE}")
+        raise ValueError(f"lora_alpha=0 switches the experts off; {ADVICE}")
     for index, block in enumerate(backbone.blocks):
         for name in _GROUPS:
             _check_group(f"block {index}, {name}", getattr(block, name), backbone.dtype)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from adafuse.engine.graph import kept_tensors
 from adafuse.experts import ExpertBank
 from adafuse.layers import AdapterLinear
 from adafuse.ops.chosen import Chosen
@@ -50,6 +51,7 @@ class Gate:
         self.written = None  # the plan that kernels wrote last, if they ran since
         self._plans = {}
 
+    @kept_tensors
     def plan(self, tokens: int) -> Plan:
         """The plan of steps of so many tokens: always the same one."""
         if tokens not in self._plans:

@@ -26,8 +26,9 @@ def read_requests(prompts, settings: dict, *, limits: Limits, tokenizer, ends, s
     ValueError for what cannot be run, naming the prompt.
     """
     if isinstance(prompts, str) or not isinstance(prompts, ListLike):
+        advice = "pass [prompt]" if isinstance(prompts, str) else "pass its input_ids as lists, without padding"
         raise ValueError(
-            f"prompts must be a list of strings or of lists of token ids, got {type(prompts).__name__}; pass [prompt]"
+            f"prompts must be a list of strings or of lists of token ids, got {type(prompts).__name__}; {advice}"
         )
     if len(prompts) > limits.batch:
         raise ValueError(
@@ -53,7 +54,7 @@ def end_ids(given, base, tokenizer) -> frozenset[int]:
                 f"eos_token_id={wrong[0]!r}: allowed are token ids, whole numbers from 0, one or a list of them"
             )
         return frozenset(map(int, several))
-    configured = base.generation_config.eos_token_id
+    configured = getattr(base.generation_config, "eos_token_id", None)
     configured = configured if isinstance(configured, (list, tuple)) else [configured]
     return frozenset({*configured, tokenizer.eos_token_id if tokenizer is not None else None} - {None})
 

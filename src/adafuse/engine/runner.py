@@ -7,7 +7,7 @@ import torch
 from adafuse.engine.attention import rotary_table
 from adafuse.engine.backbone import Backbone
 from adafuse.engine.forward import forward
-from adafuse.engine.graph import Graphs
+from adafuse.engine.graph import Graphs, kept_tensors
 from adafuse.engine.linears import Gate
 from adafuse.engine.sampling import Sampler, Sampling
 
@@ -85,6 +85,7 @@ class Runner:
                 self._graphs.clear()
             self._state = state
 
+    @kept_tensors
     def _kept_sampler(self, padded, plain):
         """A sampler in buffers that a graph can hold, always the same one for so many rows."""
         if (padded, plain) not in self._samplers:
@@ -181,6 +182,7 @@ class Runner:
         if sampler is not None:
             self.sample(sampler)
 
+    @kept_tensors
     def _kernel_step(self, rows, adapted):
         from adafuse.engine.kernels import Step  # here, since it needs Triton
 

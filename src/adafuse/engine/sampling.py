@@ -8,6 +8,8 @@ from numbers import Integral, Real
 
 import torch
 
+from adafuse.engine.graph import kept_tensors
+
 MAX_SEED = 2**63 - 1
 
 
@@ -72,6 +74,7 @@ class Sampler:
     Random numbers are drawn when it is made, from a generator of each row's own: a row does not depend on the others.
     """
 
+    @kept_tensors
     def __init__(self, settings, prompts, *, ends, vocab_size: int, device):
         def column(name, dtype=torch.float32):
             return torch.tensor([[getattr(each, name)] for each in settings], dtype=dtype, device=device)
@@ -81,8 +84,8 @@ class Sampler:
         self.greedy = temperatures == 0
         self.temperature = temperatures.masked_fill(self.greedy, 1.0)
         self.top_p, self.penalty = column("top_p"), column("repetition_penalty")
-        self.top_k = column("top_k", torch.int64)
-        self.top_k.masked_fill_(self.top_k == 0, vocab_size)
+        top_k = [[min(each.top_k or vocab_size, vocab_size)] for each in settings]
+        self.top_k = torch.tensor(top_k, dtype=torch.int64, device=device)
         self.min_new_tokens = column("min_new_tokens", torch.int64)
         self.ends = self.seen = self.uniform = None
         ends = sorted(end for end in ends if end < vocab_size)

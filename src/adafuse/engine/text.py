@@ -9,7 +9,7 @@ HALF = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of bytes that are n
 class TextStream:
     """Pieces of the text of a sequence. They join to `text`, which ends before the first stop string.
 
-    stop: strings; what could be the beginning of one is held back. min_tokens: a stop string counts from the token after so many on.
+    stop: strings; what could be the beginning of one is held back. min_tokens: one that is complete with so many tokens or fewer is text.
     """
 
     def __init__(self, tokenizer, stop: tuple[str, ...] = (), min_tokens: int = 0):
@@ -21,14 +21,13 @@ class TextStream:
     def push(self, token: int) -> str:
         """The piece that a token makes certain; may be empty. `stopped` says whether a stop string is complete."""
         self._ids.append(token)
-        counts = len(self._ids) > self._min_tokens
-        return self._emit(self._decoded(), self._stop if counts else ())
+        return self._emit(self._decoded())
 
     def finish(self) -> str:
         """What was held back: no more tokens come."""
         if self.stopped:
             return ""
-        piece = self._emit(self._decoded(last=True), self._stop if len(self._ids) > self._min_tokens else ())
+        piece = self._emit(self._decoded(last=True))
         held, self._held = ("" if self.stopped else self._held), ""
         self.text += held
         return piece + held
@@ -45,13 +44,13 @@ class TextStream:
         self._start, self._read = self._read, len(self._ids)
         return now[len(known) :]
 
-    def _emit(self, new, stop) -> str:
-        whole = self._held + new
-        if found := [place for string in stop if (place := whole.find(string)) >= 0]:
+    def _emit(self, new) -> str:
+        whole, counts = self._held + new, len(self._ids) > self._min_tokens
+        if counts and (found := [place for string in self._stop if (place := whole.find(string)) >= 0]):
             self.stopped, self._held = True, ""
             piece = whole[: min(found)]
         else:
-            held = max((_beginning(whole, string) for string in stop), default=0)
+            held = max((_beginning(whole, string) for string in self._stop), default=0)
             piece, self._held = whole[: len(whole) - held], whole[len(whole) - held :]
         self.text += piece
         return piece
