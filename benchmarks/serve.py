@@ -8,7 +8,7 @@ every round, so that a drift of the machine hits all alike.
 
     vllm serve BASE --served-model-name plain --port 8001
     adafuse serve --adapter adapter --name tuned --port 8000
-    adafuse bench serve --models plain@http://127.0.0.1:8001 tuned --in-flight 1 8 32 --out serve.json
+    adafuse bench serve --models plain@http://127.0.0.1:8001 tuned --in-flight 1 8 32 128 --out serve.json
 
 The bare base of an adapted server is no measure of what an adapter costs: its tokens pass the same kernels, with weight 0.
 """
@@ -172,7 +172,7 @@ def measure(options):
             break
         for turn in range(options.rounds + 1):
             for model in options.models:
-                load = _load(model, in_flight, options, warming=not turn, seed=f"{run_id} {in_flight} {turn} {model}")
+                load = _load(model, in_flight, options, turn, seed=f"{run_id} {in_flight} {turn} {model}")
                 key = parse_model(model)[0], in_flight
                 if turn:
                     loads.setdefault(key, []).append(load.metrics())
@@ -182,16 +182,22 @@ def measure(options):
         with record.alone(options.out):
             known = record.appended(options.out, rows, _place, env) if options.append else rows
             record.write(options.out, known, env, shown=new)
+        for row in new:
+            if "bound" in row and row["ratio"]:
+                print(
+                    f"{row['name']}, {in_flight} in flight: {row['ratio']:.3f} of the backbone, bound {row['bound']:.3f}"
+                )
 
 
-def _load(model, in_flight, options, *, warming, seed) -> Load:
-    """One round of a model. When warming, its requests ask for the ids of their tokens too."""
+def _load(model, in_flight, options, turn, seed) -> Load:
+    """One round of a model. The first is for warming up: its requests ask for the ids of their tokens too."""
     _, names, url = parse_model(model)
     count = max(in_flight, min(options.requests, options.requests_each * in_flight))
     sizes = {"prompt_tokens": options.prompt_tokens, "max_tokens": options.max_tokens, "vocab": options.vocab}
     bodies = requests(count, **sizes, seed=seed)
-    more = {"return_token_ids": True} if warming and "chosen" in options.bound else {}
-    asked = [{**body, **more, "model": names[i % len(names)]} for i, body in enumerate(bodies)]
+    more = {"return_token_ids": True} if not turn and "chosen" in options.bound else {}
+    # Where the round before ended, so that few requests a round ask for all names too.
+    asked = [{**body, **more, "model": names[(turn * count + i) % len(names)]} for i, body in enumerate(bodies)]
     load = asyncio.run(run(url or options.url, asked, in_flight=in_flight))
     for error in load.errors[:3]:
         print(f"{model}: {error}")
@@ -243,7 +249,7 @@ def parse(arguments=None):
         required=True,
         help="NAME or NAME@URL of a server's model, or LABEL=NAME,NAME@URL: requests ask for these in turn; the first is compared with",
     )
-    parser.add_argument("--in-flight", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--in-flight", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--requests", type=int, default=256, help="at most so many requests a round")
     parser.add_argument("--requests-each", type=int, default=8, help="and so many for each in flight")
     parser.add_argument("--rounds", type=int, default=3)

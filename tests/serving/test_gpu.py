@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from engines import REQUESTS, engine, texts
+from engines import REQUESTS, compare, engine, texts
 from test_quantised import errors
 
 SETTINGS = {"shared_rank": 8, "r": 16, "num_experts": 8}
@@ -38,3 +38,25 @@ def test_no_further_from_fp32_than_huggingface_in_bf16(eager, settings, tmp_path
             assert errors(exact, asked, got).mean() < 2 * errors(exact, asked, usual).mean() + 1e-3
             other = tiny.reference(base, adapter if without else None)
             assert errors(other, asked, got).mean() > 0.3  # the other model is another
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_ranks_give_the_texts_of_one(tmp_path, monkeypatch):
+    """In fp32, eager and in CUDA graphs; each against HuggingFace, and so one against the other."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    monkeypatch.setenv("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
+    base = tiny.save_base("llama-wide", tmp_path / "base")
+    adapter = tiny.save_adapter(base, tmp_path / "adapter", **SETTINGS)
+    prompts, bare = tiny.prompts(), {2, 5}
+    options = {"dtype": "float32", "logits_processors": [REQUESTS], "gpu_memory_utilization": 0.05}
+    models = [tiny.reference(base, None if place in bare else adapter) for place in range(len(prompts))]
+    found = {}
+    for ranks, eager in ((1, True), (2, True), (2, False)):
+        memory = {"kv_cache_memory_bytes": 1 << 28, "tensor_parallel_size": ranks, "enforce_eager": eager}
+        with engine(base, adapter, **options, **memory) as llm:
+            found[ranks, eager] = texts(llm, prompts, bare=bare)
+        judged = [tiny.judge(models[i], prompts[i], ids) for i, (ids, _) in enumerate(found[ranks, eager])]
+        compare(found[ranks, eager], judged)
+    first = [ids for ids, _ in found[1, True]]
+    assert all([ids for ids, _ in each] == first for each in found.values())

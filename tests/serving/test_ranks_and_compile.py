@@ -1,5 +1,6 @@
 """Tensor parallelism and torch.compile: texts and log-probabilities against HuggingFace's."""
 
+import pytest
 import tiny
 from engines import REQUESTS, compare, engine, texts
 
@@ -21,6 +22,13 @@ def test_two_ranks(tmp_path, monkeypatch):
     adapter = tiny.save_adapter(base, tmp_path / "adapter", shared_rank=3, routing="layer")
     options = {"tensor_parallel_size": 2, "max_num_batched_tokens": 16, "max_num_seqs": 4}
     check(base, adapter, bare={2, 5}, logits_processors=[REQUESTS], **options)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_two_ranks_of_other_families(family, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    base = tiny.save_base(family, tmp_path / "base")
+    check(base, tiny.save_adapter(base, tmp_path / "adapter"), tensor_parallel_size=2)
 
 
 def test_compiled(tmp_path):

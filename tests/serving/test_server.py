@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import aiohttp
@@ -32,8 +33,8 @@ MANY = 2000
 class Server:
     """A running server, and the HuggingFace models it must agree with."""
 
-    def __init__(self, folder):
-        self.base = tiny.save_base("llama", folder / "base")
+    def __init__(self, folder, family="llama"):
+        self.base = tiny.save_base(family, folder / "base")
         self.adapter = tiny.save_adapter(self.base, folder / "adapter", shared_rank=2)
         self.models = {"tuned": tiny.reference(self.base, self.adapter), "plain": tiny.reference(self.base, None)}
         with socket.socket() as probe:
@@ -113,14 +114,20 @@ def _resident(pid):
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
+@contextmanager
+def running(folder, **options):
+    server = Server(folder, **options)
     try:
         server.wait()
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with running(tmp_path_factory.mktemp("server")) as server:
+        yield server
 
 
 def together(server, requests):
@@ -134,6 +141,16 @@ def together(server, requests):
 
 def test_both_models_side_by_side(server):
     assert [model["id"] for model in json.loads(server.get("/v1/models"))["data"]] == [*MODELS]
+    check_both(server)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_other_families(family, tmp_path):
+    with running(tmp_path, family=family) as another:
+        check_both(another)
+
+
+def check_both(server):
     requests = [(model, prompt) for prompt in tiny.prompts(8, 120) for model in MODELS]
     for _ in range(2):  # the second time with cached prefixes
         found = together(server, requests)
@@ -197,6 +214,23 @@ def test_bad_requests_are_refused_and_harm_nobody(server, body, status):
     server.check("tuned", [5, 6, 7])
 
 
+def test_what_would_lose_the_mark_or_the_salt_harms_nobody(server):
+    messages, prompt = [{"role": "user", "content": "What is this? " * 20}], tiny.prompts(2, 70, seed=14)[1]
+    body = {"messages": messages, "max_tokens": 4, "cache_salt": "bare:"}
+    assert server.post("/invocations", {**body, "model": "tuned"})[0] == 200
+    asked = {"model": "plain", "messages": messages, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    status, answer = server.post("/v1/chat/completions", {**asked, "return_token_ids": True})
+    assert status == 200
+    ids, read = answer["choices"][0]["token_ids"], answer["prompt_token_ids"]
+    assert len(read) > 64  # blocks that could have been the other model's
+    assert tiny.judge(server.models["plain"], read, ids)[0] == ids
+    status, answer = server.post(
+        "/v1/completions", {"model": "plain", "prompt": prompt, "use_beam_search": True, "n": 2}
+    )
+    assert (status, "no beam searches" in answer) == (400, True)
+    server.check("plain", prompt)
+
+
 def test_the_base_is_refused_where_it_cannot_be_chosen(server):
     status, answer = server.post("/v1/responses", {"model": "plain", "input": "a"})
     assert (status, "answers at" in answer) == (400, True)
@@ -253,7 +287,7 @@ def test_a_folder_that_changes_changes_nothing(server):
 @pytest.mark.timeout(400)
 def test_many_requests_without_error_or_growth(server):
     """64 in flight, of both models, of unequal lengths, the same ones in every round. Pools and caches fill up (by 240 MiB, 160, 9, 0 in
-    one run, a few in some rounds of another, then 0); a leak would show in every round.
+    one run, a few in some rounds of another, then 0). A leak would show in every round: of a kilobyte a request 3.9 MiB in two.
     """
     sizes = [{"prompt_tokens": 1 + 7 * i % 60, "max_tokens": 1 + i % 7} for i in range(MANY)]
     bodies = [
@@ -270,7 +304,10 @@ def test_many_requests_without_error_or_growth(server):
         print(f"{MANY} requests in {load.seconds:.0f} s, {grown:.1f} MiB more of {before / 2**20:.0f}")
         return grown
 
-    assert any(growth() < 2 for _ in range(12))
+    grown = [growth()]
+    while len(grown) < 14 and (len(grown) < 2 or sum(grown[-2:]) >= 2):
+        grown.append(growth())
+    assert sum(grown[-2:]) < 2
     for model in MODELS:
         server.check(model, [14, 15, 16])
 

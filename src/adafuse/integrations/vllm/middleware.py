@@ -17,7 +17,8 @@ class ModelNames:
     the bare base.
 
     A completion of the base gets the mark that `requests.Requests` looks for. The cache salts of both are kept apart,
-    whatever clients send, so that neither reads what the other has cached. Everything else passes as it came.
+    whatever clients send and wherever, so that neither reads what the other has cached. Everything else passes as it
+    came.
     """
 
     def __init__(self, app):
@@ -50,7 +51,10 @@ def rewrite(path: str, body: bytes, bare_name: str | None) -> tuple[str | None, 
     if path not in MARKED:
         if (bare and path not in ALIKE) or f'"{BARE}"' in json.dumps(request):
             return f"the base without adapter answers at {' and '.join(MARKED)} only", body
-        return None, body
+        return None, json.dumps(_salted(request)).encode() if '"cache_salt"' in json.dumps(request) else body
+    if bare and request.get("use_beam_search"):
+        # vLLM makes requests of its own for the beams, and these lose the mark.
+        return "the base without adapter answers no beam searches", body
     extra = request.get("vllm_xargs")
     if isinstance(extra, dict):
         extra = {key: value for key, value in extra.items() if key != BARE}
@@ -64,6 +68,18 @@ def rewrite(path: str, body: bytes, bare_name: str | None) -> tuple[str | None, 
     elif bare and salt is None:
         request["cache_salt"] = SALTS[bare]
     return None, json.dumps(request).encode()
+
+
+def _salted(value):
+    """With the adapted model's prefix in front of every cache salt, however deep."""
+    if isinstance(value, list):
+        return [_salted(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: SALTS[False] + each if key == "cache_salt" and isinstance(each, str) and each else _salted(each)
+        for key, each in value.items()
+    }
 
 
 def _bare_name(scope):
