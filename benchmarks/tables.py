@@ -12,6 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import serve_tables
 from accuracy.heatmap import overlap, shares_of
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +23,7 @@ DOCUMENTS = (
     ROOT / "docs" / "evaluation.md",
     ROOT / "docs" / "kernels.md",
     ROOT / "docs" / "latency.md",
+    ROOT / "docs" / "serving.md",
     ROOT / "benchmarks" / "domains" / "SOURCES.md",
 )
 # <!-- table NAME GPU --> ... <!-- end -->: NAME is a key of TABLES, up to a dot the name of a result file.
@@ -392,7 +394,8 @@ def _mixture(case):
 
 def _source(env, path, document):
     on_gpu = env["gpu"] != "none"
-    versions = ", ".join(f"{name} {env[name]}" for name in ("torch", *["triton"] * on_gpu, "transformers", "peft"))
+    names = ("torch", *["triton"] * on_gpu, "transformers", "peft", *["vllm"] * ("vllm" in env))
+    versions = ", ".join(f"{name} {env[name]}" for name in names)
     name, where = path.relative_to(ROOT), os.path.relpath(path, document.parent)
     machine = env["gpu"] if on_gpu else "CPU"
     return f"{machine}, {versions}, commit {env['git']}, {env['date']}. From [{name}]({where})."
@@ -415,6 +418,9 @@ TABLES = {
     "accuracy": accuracy,
     "accuracy.domains": accuracy_domains,
     "routing": routing,
+    "serve": serve_tables.throughput,
+    "serve.latency": serve_tables.latency,
+    "serve.alone": serve_tables.alone,
 }
 SENTENCES = {"decode.headline"}  # which say themselves where they are from
 NOT_MEASURED = "*Not measured yet.*"  # in place of a table without results

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import record
 import serve
 import serve_models
+import serve_tables
 
 from adafuse import checkpoint
 
@@ -67,6 +68,23 @@ def test_every_server_is_loaded_and_compared_with_the_backbone(bench):
     models = Counter(body["model"] for body in asked if body["arguments"][1] == "multilora")
     # Of all eight in turn, two requests a round going on where the round before ended: of 16 each two.
     assert models == {"lora0": requests + 14, **{f"lora{n}": 14 if n < 6 else 12 for n in range(1, 8)}}
+
+
+def test_rows_become_tables(bench):
+    rows, _ = bench("--r", "4", "--in-flight", "1", "8", "--prefix", "tp1/")
+    found = {(row["name"], row["case"]["in_flight"]): row for row in rows}
+    ours, alone = (found[f"tp1/throughput/{label}", 8] for label in ("ours", "backbone"))
+    line = serve_tables.throughput(rows)[3]
+    reached = ours["ratio"] / ours["bound"]
+    throughputs = f"{alone['median']:.0f} | {ours['median']:.0f}"
+    assert line.startswith(
+        f"| tiny | 1 | 4 | 8 | {throughputs} | {ours['ratio']:.3f} | {ours['bound']:.3f} | {reached:.3f} | "
+    )
+    assert line.count("|") == serve_tables.throughput(rows)[0].count("|")
+    assert serve_tables.latency(rows)[2].startswith("| tiny | 1 | 4 | 1 | ")
+    assert serve_tables.latency(rows)[2].endswith(" | 0 |")
+    gap = found["tp1/itl_p50/backbone", 1]["median"]
+    assert serve_tables.alone(rows)[2:] == [f"| tiny | {gap:.2f} | 4 | {found['tp1/itl_p50/ours', 1]['median']:.2f} |"]
 
 
 def test_the_bound_is_of_the_experts_that_the_generated_tokens_choose(bench, tmp_path):
