@@ -31,24 +31,28 @@ MANY = 2000
 
 
 class Server:
-    """A running server, and the HuggingFace models it must agree with."""
+    """A running server, and the HuggingFace models it must agree with. machines: as many parts of it, a rank each, here on one."""
 
-    def __init__(self, folder, family="llama"):
+    def __init__(self, folder, family="llama", machines=1):
         self.base = tiny.save_base(family, folder / "base")
         self.adapter = tiny.save_adapter(self.base, folder / "adapter", shared_rank=2)
         self.models = {"tuned": tiny.reference(self.base, self.adapter), "plain": tiny.reference(self.base, None)}
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"
         command = [sys.executable, "-m", "adafuse.cli", "serve", "--adapter", self.adapter, "--base", self.base]
-        command += ["--name", "tuned", "--base-name", "plain", "--load-interval", "0.5", "--port", self.port]
+        command += ["--name", "tuned", "--base-name", "plain", "--load-interval", "0.5"]
         command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", LENGTH, "--block-size", 32]
         command += ["--num-gpu-blocks-override", 512]  # all of which the first few hundred requests write to
-        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+        several = ["--tensor-parallel-size", machines, "--nnodes", machines, "--master-addr", "127.0.0.1"]
+        command += [*several, "--master-port", free_port()] if machines > 1 else []
+        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_HOST_IP": "127.0.0.1"}
+        ranks = [["--port", self.port], *(["--node-rank", rank, "--headless"] for rank in range(1, machines))]
         with self.log.open("w") as log:
-            self.process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment)
+            self.process, *self.others = (
+                subprocess.Popen([*map(str, [*command, *rank])], stdout=log, stderr=log, env=environment)
+                for rank in ranks
+            )
 
     def wait(self):
         until = time.monotonic() + 240
@@ -95,12 +99,19 @@ class Server:
         return sum(_resident(pid) for pid in _descendants(self.process.pid))
 
     def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
+        for process in (self.process, *self.others):
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _descendants(pid):
@@ -144,9 +155,10 @@ def test_both_models_side_by_side(server):
     check_both(server)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
-def test_other_families(family, tmp_path):
-    with running(tmp_path, family=family) as another:
+@pytest.mark.parametrize(("family", "machines"), [("gemma3", 1), ("qwen3", 2)])
+def test_other_families(family, machines, tmp_path):
+    """One of them with its ranks on two machines, as far as vLLM knows."""
+    with running(tmp_path, family=family, machines=machines) as another:
         check_both(another)
 
 
