@@ -55,7 +55,7 @@ class Server:
             )
 
     def wait(self):
-        until = time.monotonic() + 240
+        until = time.monotonic() + 400
         while time.monotonic() < until and self.process.poll() is None:
             try:
                 return self.get("/health")
@@ -155,6 +155,7 @@ def test_both_models_side_by_side(server):
     check_both(server)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("family", "machines"), [("gemma3", 1), ("qwen3", 2)])
 def test_other_families(family, machines, tmp_path):
     """One of them with its ranks on two machines, as far as vLLM knows."""
