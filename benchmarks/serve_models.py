@@ -1,7 +1,7 @@
 """What serving an adapter costs on this machine: vLLM with the backbone alone, with ours, with its own LoRAs, under the same load.
 
     python benchmarks/serve_models.py --model llama-3.1-8b --r 16 64 --out benchmarks/results/h100/serve.json
-    python benchmarks/serve_models.py --model llama-2-13b --tensor-parallel 2 --servers backbone ours --prefix tp2/ --out tp.json
+    python benchmarks/serve_models.py --model llama-2-13b --tensor-parallel 2 --servers ours --in-flight 1 8 32 --prefix tp2/ --out tp.json
     python benchmarks/serve_models.py --model tiny --r 4 --out tiny.json -- --enforce-eager   # the plumbing, on a CPU
 
 Random weights and a tokenizer of numbers, in `--folder`, where a later run finds them. The servers of a rank run at the same time on the

@@ -319,19 +319,22 @@ def domains(rows):
 
 def accuracy(rows):
     """A line a method, best first: accuracy over domains and seeds, what it costs, and what the best pre-gate is above it."""
+    rows = [row for row in rows if row["name"].startswith("accuracy/")]
     whole = [row for row in rows if (row["case"]["domain"], row["case"]["seed"]) == ("mean", "all")]
     lines = [
-        "| method | accuracy, % | parameters, M | active rank | MB a token | to layer-wise | best pre-gate above it | target |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | built as, learning rate | accuracy, % | parameters, M | active rank | MB a token | to layer-wise | "
+        "best pre-gate above it | target |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(whole, key=lambda row: -row["mean"]):
+    for row in sorted(whole, key=lambda row: -row["median"]):
         name, case = row["name"].removeprefix("accuracy/"), row["case"]
         spread = f" ± {row['std']:.2f}" if row["std"] is not None else ""
-        target = ACCURACY_TARGETS.get(name)
+        built_as = "" if case["built_as"] == name else f"{case['built_as']}, "
         lines.append(
-            f"| {name} | {row['mean']:.2f}{spread} | {case['params'] / 1e6:.2f} | {case['active_rank']:g} | "
-            f"{case['bytes_per_token'] / 1e6:.1f} | {_interval(row.get('diff_to_layerwise'))} | "
-            f"{_interval(row.get('diff_of_pregate_best'))} | {'' if target is None else f'low end > {target:g}'} |"
+            f"| {name} | {built_as}{case['learning_rate']:g} | {row['median']:.2f}{spread} | {case['params'] / 1e6:.2f} | "
+            f"{case['active_rank']:g} | {case['bytes_per_token'] / 1e6:.1f} | {_interval(row.get('diff_to_layerwise'))} | "
+            f"{_interval(row.get('diff_of_pregate_best'))} | "
+            f"{_reached(row.get('diff_of_pregate_best'), ACCURACY_TARGETS.get(name))} |"
         )
     seeds = {row["case"]["seed"] for row in rows} - {"all"}
     items = next(row["case"]["items"] for row in whole)
@@ -344,15 +347,39 @@ def accuracy(rows):
 
 
 def accuracy_domains(rows):
-    """A line a method, a column a domain: mean over the seeds."""
-    found = {(row["name"], row["case"]["domain"]): row for row in rows if row["case"]["seed"] == "all"}
+    """A line a method, a column a domain: mean ± standard deviation over the seeds."""
+    found = {
+        (row["name"], row["case"]["domain"]): row for row in rows if row["case"]["seed"] == "all"
+    }  # trials have none such
     domains = list(dict.fromkeys(domain for _, domain in found))
-    names = sorted({name for name, _ in found}, key=lambda name: -found[name, "mean"]["mean"])
+    names = sorted({name for name, _ in found}, key=lambda name: -found[name, "mean"]["median"])
     lines = [f"| method | {' | '.join(domains)} |", "|---|" + "---|" * len(domains)]
     for name in names:
-        cells = " | ".join(f"{found[name, domain]['mean']:.1f}" for domain in domains)
+        of_domains = (found[name, domain] for domain in domains)
+        cells = " | ".join(
+            f"{row['median']:.1f}" + ("" if row["std"] is None else f" ± {row['std']:.1f}") for row in of_domains
+        )
         lines.append(f"| {name.removeprefix('accuracy/')} | {cells} |")
     return lines
+
+
+def accuracy_trials(rows):
+    """What was tried on validation: a line a method with its learning rates, then the forms of the pre-gate, best first."""
+    found = {}
+    for row in (row for row in rows if row["name"].startswith("trials/")):
+        place = row["case"]["phase"], row["name"].removeprefix("trials/")
+        found.setdefault(place, {}).setdefault(row["case"]["learning_rate"], []).append(row["median"])
+    means = {place: {rate: statistics.mean(each) for rate, each in by_rate.items()} for place, by_rate in found.items()}
+    best_first = sorted(means, key=lambda place: -max(means[place].values()))
+    rates = sorted({rate for (phase, _), by_rate in means.items() if phase == "tune" for rate in by_rate if rate})
+    lines = [f"| method | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---|" + "---|" * len(rates)]
+    for phase, name in best_first:
+        if phase == "tune" and means[phase, name].keys() != {0}:
+            cells = (f"{means[phase, name][rate]:.1f}" if rate in means[phase, name] else "" for rate in rates)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "| form of the pre-gate, one run each | validation, % |", "|---|---|"]
+    lines += [f"| {name} | {max(means[phase, name].values()):.2f} |" for phase, name in best_first if phase == "search"]
+    return [*lines, "", "Accuracy on validation in percent, mean over domains and, by learning rate, over two seeds."]
 
 
 def routing(rows):
@@ -378,6 +405,13 @@ ACCURACY_TARGETS = {
     "pesc": -0.5,
     "mixlora": -0.5,
 }
+
+
+def _reached(difference, target):
+    """Whether the low end of an interval is above a target, in words."""
+    if target is None or difference is None:
+        return ""
+    return f"low end > {target:g}: {'met' if difference[0] > target else '**not met**'}"
 
 
 def _interval(difference):
@@ -417,6 +451,7 @@ TABLES = {
     "domains": domains,
     "accuracy": accuracy,
     "accuracy.domains": accuracy_domains,
+    "accuracy.trials": accuracy_trials,
     "routing": routing,
     "serve": serve_tables.throughput,
     "serve.latency": serve_tables.latency,

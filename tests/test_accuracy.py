@@ -22,7 +22,7 @@ import accuracy.train
 from accuracy import methods, study
 from accuracy.batches import buckets_of, widths_of
 from accuracy.choose import RATES as ALL_RATES
-from accuracy.choose import choose, search_runs, summary, tune_runs
+from accuracy.choose import choose, gains, search_runs, summary, tune_runs
 from accuracy.evaluate import Evaluation, pack, unpack
 from accuracy.forward import Answers, divergence_of
 from accuracy.graphs import Replayed
@@ -176,29 +176,32 @@ def check_heatmap(rows):
 
 
 def check_report(document):
-    rows = {(row["name"], row["case"]["domain"], row["case"]["seed"]): row for row in document["rows"]}
+    rows = [row for row in document["rows"] if row["name"].startswith("accuracy/")]
+    rows = {(row["name"], row["case"]["domain"], row["case"]["seed"]): row for row in rows}
     names = {name for name, _, _ in rows}
     assert names == {f"accuracy/{name}" for name in ("base", "lora_active", "pregate_paper", "pregate_best")}
     for name in names - {"accuracy/base"}:
         seeds = [rows[name, "mean", seed]["median"] for seed in (1, 2)]
         whole = rows[name, "mean", "all"]
-        assert whole["mean"] == pytest.approx(np.mean(seeds))
+        assert whole["median"] == pytest.approx(np.mean(seeds))
         assert whole["std"] == pytest.approx(np.std(seeds, ddof=1))
         assert rows[name, "mean", 1]["median"] == pytest.approx(
             np.mean([rows[name, domain, 1]["median"] for domain in ("alone", "shared")])
         )
     assert "diff_to_lora_active" not in rows["accuracy/lora_active", "mean", "all"]
     low, mid, high = rows["accuracy/pregate_paper", "mean", "all"]["diff_to_lora_active"]
-    means = [rows[f"accuracy/{name}", "mean", "all"]["mean"] for name in ("pregate_paper", "lora_active")]
+    means = [rows[f"accuracy/{name}", "mean", "all"]["median"] for name in ("pregate_paper", "lora_active")]
     assert low <= mid <= high
     assert mid == pytest.approx(means[0] - means[1])
     assert len(rows["accuracy/base", "mean", "all"]["diff_to_lora_active"]) == 3
     low, mid, high = rows["accuracy/lora_active", "mean", "all"]["diff_of_pregate_best"]
     assert low <= mid <= high
-    assert mid == pytest.approx(rows["accuracy/pregate_best", "mean", "all"]["mean"] - means[1])
+    assert mid == pytest.approx(rows["accuracy/pregate_best", "mean", "all"]["median"] - means[1])
     assert "diff_of_pregate_best" not in rows["accuracy/pregate_best", "mean", "all"]
     for table, lines in (("accuracy", 4 + 4), ("accuracy.domains", 2 + 4)):
         assert len(TABLES[table](document["rows"])) == lines
+    trials = [line for line in TABLES["accuracy.trials"](document["rows"]) if line.startswith("| ")]
+    assert len(trials) == 1 + 2 + 1 + len(methods.SEARCH)  # two methods that train, and the forms
     assert rows["accuracy/lora_active", "mean", 1]["case"]["params"] > 0
 
 
@@ -364,8 +367,8 @@ def test_the_best_mean_over_the_seeds_is_taken(small, tmp_path):
 
 def test_every_method_has_as_many_trials(tmp_path):
     tune = runs_of("tune", tmp_path)
-    assert set(Counter(run.method for run in tune).values()) == {12}
-    assert [run.method for run in tune[:10]] == [name for name in methods.METHODS if name != "base"]
+    assert Counter(run.method for run in tune) == {name: 12 if name != "base" else 1 for name in methods.METHODS}
+    assert [run.method for run in tune[:11]] == ["base", *(name for name in methods.METHODS if name != "base")]
     with pytest.raises(ValueError, match="finish `tune`"):
         search_runs(tmp_path, ALL_RATES)
     all_tuned(tmp_path, {"pregate_paper": 0.001, "layerwise": 0.004})
@@ -378,7 +381,7 @@ def test_every_method_has_as_many_trials(tmp_path):
     for run in search:
         tried(tmp_path, run, 0.5 + 0.1 * (run.method == "layer_fine_distilled"))
     final = runs_of("final", tmp_path)
-    assert len({run.file for run in (*tune, *search, *final)}) == 188  # and none writes over another one's file
+    assert len({run.file for run in (*tune, *search, *final)}) == 189  # and none writes over another one's file
     assert not {run.seed for run in final} & {run.seed for run in tune}
     best = {(run.built_as, run.learning_rate, run.teacher_rate) for run in final if run.method == "pregate_best"}
     assert best == {("layer_fine_distilled", 0.001, 0.004)}
@@ -786,6 +789,30 @@ def test_the_bootstrap_of_a_case_done_by_hand():
     assert paired_difference(ours, ours, domains, clusters) == (0, 0, 0)
     with pytest.raises(ValueError, match="do not belong together"):
         paired_difference(ours, theirs[:, :3], domains, clusters)
+
+
+def test_a_report_of_an_unfinished_study_is_refused(tiny):
+    items = tiny[2]
+
+    def result(method, seed, learning_rate=0.1):
+        score = {"order": items.test.order_hash()}
+        return {"method": method, "seed": seed, "learning_rate": learning_rate, "score": score}
+
+    with pytest.raises(ValueError, match="two final runs of m from seed 1; remove one"):
+        accuracy_rows([result("m", 1), result("m", 1, 0.2)], items.test, items.names, "m")
+    with pytest.raises(ValueError, match=r"different seeds: \{'m': \[1, 2\], 'n': \[1\]\}; finish `final`"):
+        accuracy_rows([result("m", 1), result("m", 2), result("n", 1)], items.test, items.names, "m")
+
+
+@pytest.mark.parametrize(("best", "says"), [(0.45, ""), (0.35, "   replace this domain: no method gains 10 points")])
+def test_a_domain_that_nothing_learns_is_named(tmp_path, best, says):
+    runs = [Run("tune", "base", 0.0, 0, "base"), Run("tune", "lora_active", 0.1, 0, "lora_active")]
+    assert gains(tmp_path, runs) == []
+    for run, share in zip(runs, (0.3, best), strict=True):
+        write_json(tmp_path / run.file, {**vars(run), "score": {"accuracy": {"mean": 0.9, "alone": share}}})
+    assert [" ".join(line.split()) for line in gains(tmp_path, runs)] == [
+        f"alone base 30.0%, best {best:.1%} {says.strip()}".strip()
+    ]
 
 
 def test_a_report_of_other_items_is_refused(tiny):

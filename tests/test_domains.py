@@ -195,24 +195,28 @@ def test_no_choice_is_an_ancestor(wordnet):
     assert "entity" in fact.right
 
 
+# In the dictionaries' format; the words are made up.
 DICTIONARY = """\
 English-German dictionary
-house /hˈaʊs/
-Haus <neut>, Gebäude <neut> [constr.]
-   Synonym: {building}
-      "build a house"  - ein Haus bauen
-dog /dˈɒɡ/ <n>
-1. Hund <masc>
-2. Rüde (männlich) <masc>
-strap handle /stɹˈap hˈandəl/
-Griff
+zorb /zˈɔːb/
+Zorbel <neut>, Kugelding <neut> [constr.]
+   Synonym: {zorbing}
+      "roll a zorb"  - ein Zorbel rollen
+gleep /ɡlˈiːp/ <n>
+1. Gliep <masc>
+2. Gliepe (männlich) <masc>
+mork gleep /mˈɔːk ɡlˈiːp/
+Morkel
 """
 
 
 def test_a_dictionary(tmp_path):
     with gzip.open(tmp_path / "some.dict.dz", "wt", encoding="utf-8") as file:
         file.write(DICTIONARY)
-    assert translation.read(tmp_path / "some.dict.dz") == {"house": ["Haus", "Gebäude"], "dog": ["Hund", "Rüde"]}
+    assert translation.read(tmp_path / "some.dict.dz") == {
+        "zorb": ["Zorbel", "Kugelding"],
+        "gleep": ["Gliep", "Gliepe"],
+    }
 
 
 def test_words_run_together_are_no_translations():

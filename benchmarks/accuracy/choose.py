@@ -12,6 +12,7 @@ from accuracy.methods import BEST, METHODS, PAPER_FORM, SEARCH
 from accuracy.runs import CHOSEN, Run, done, left, read_json, write_json
 
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+LEAST_GAIN = 0.1  # of the best trial above the base, in a domain that is kept
 TUNE_SEEDS = (0, 100)  # two, so that the luck of one seed chooses no rate
 
 
@@ -21,9 +22,10 @@ def trained(methods) -> list[str]:
 
 
 def tune_runs(methods, rates) -> list[Run]:
-    """Seeds and rates outside, methods inside: a study that stops early has tried all methods alike."""
+    """Seeds and rates outside, methods inside: a study that stops early has tried all methods alike. First what does not train, once."""
     names = trained(methods)
-    return [Run("tune", name, rate, seed, name) for seed in TUNE_SEEDS for rate in rates for name in names]
+    still = [Run("tune", name, 0.0, TUNE_SEEDS[0], name) for name in methods if name not in names]
+    return still + [Run("tune", name, rate, seed, name) for seed in TUNE_SEEDS for rate in rates for name in names]
 
 
 def search_runs(folder, rates) -> list[Run]:
@@ -71,8 +73,9 @@ def choose(folder, methods, rates) -> dict:
 
 def summary(folder, runs) -> list[str]:
     """A line a method: validation accuracy at each rate, the mean over the seeds found, and a word if the best rate is at an end."""
-    means, rates, lines = _means(done(folder, runs)), sorted({run.learning_rate for run in runs}), []
+    means, lines = _means(done(folder, runs)), []
     for name in dict.fromkeys(run.method for run in runs):
+        rates = sorted({run.learning_rate for run in runs if run.method == name})
         tried = [(name, rate) in means for rate in rates]
         cells = [
             f"{rate:g}: {means[name, rate]:.2%}" if there else f"{rate:g}: -"
@@ -80,6 +83,20 @@ def summary(folder, runs) -> list[str]:
         ]
         at_end = len(rates) > 1 and all(tried) and _best_rate(means, name, rates) in (rates[0], rates[-1])
         lines.append(f"{name:28} {'   '.join(cells)}" + ("   best at an end of the rates" if at_end else ""))
+    return lines
+
+
+def gains(folder, runs) -> list[str]:
+    """A line a domain: accuracy of the base, and of the trial that is best there. Nothing before the base has been scored."""
+    results = done(folder, runs)
+    before = next((result["score"]["accuracy"] for result in results if METHODS[result["method"]].build is None), None)
+    if before is None or len(results) == 1:
+        return []
+    lines = []
+    for domain in (name for name in before if name != "mean"):
+        most = max(result["score"]["accuracy"][domain] for result in results)
+        weak = "" if most - before[domain] >= LEAST_GAIN else "   replace this domain: no method gains 10 points"
+        lines.append(f"{domain:28} base {before[domain]:.1%}, best {most:.1%}{weak}")
     return lines
 
 

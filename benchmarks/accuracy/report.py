@@ -16,9 +16,10 @@ PERCENT = 100
 def accuracy_rows(results, split, names, reference) -> list[dict]:
     """Rows `accuracy/<method>`: a domain (or "mean", over domains) and a seed (or "all") each. median, p20, p80, std in percent.
 
-    Over seeds std is the sample standard deviation, null for one seed. "nll": nats per token of the right answers. Rows of "mean", "all"
-    carry `diff_to_<reference>`: [low, mid, high] in percentage points, `stats.paired_difference` over the common seeds.
-    ValueError if the results are not of these items, or the reference has none.
+    "all" is the mean over the seeds, also in `median`, and std the sample standard deviation, null for one seed. "nll": nats per token of
+    the right answers. Rows of "mean", "all" carry `diff_to_<reference>`: [low, mid, high] in percentage points, `stats.paired_difference`
+    over the common seeds. ValueError if the results are not of these items, the reference has none, or the methods were not trained from the same seeds, once
+    each.
     """
     if strangers := [result["method"] for result in results if result["score"]["order"] != split.order_hash()]:
         raise ValueError(
@@ -26,7 +27,13 @@ def accuracy_rows(results, split, names, reference) -> list[dict]:
         )
     methods = {}
     for result in results:
-        methods.setdefault(result["method"], {})[result["seed"]] = result
+        by_seed = methods.setdefault(result["method"], {})
+        if result["seed"] in by_seed:
+            raise ValueError(f"there are two final runs of {result['method']} from seed {result['seed']}; remove one")
+        by_seed[result["seed"]] = result
+    trained = {name: sorted(found) for name, found in methods.items() if not _untrained(found)}
+    if len({tuple(seeds) for seeds in trained.values()}) > 1:
+        raise ValueError(f"the methods have final runs from different seeds: {trained}; finish `final` first")
     if reference not in methods:
         raise ValueError(f"there is no final run of {reference!r} to compare with; found: {', '.join(sorted(methods))}")
     rows = []
@@ -59,10 +66,9 @@ def _row(name, domain, seed, results):
             "learning_rate": first["learning_rate"],
             "items": first["score"]["items"],
         },
-        "median": statistics.median(values),
+        "median": statistics.mean(values),
         "p20": float(low),
         "p80": float(high),
-        "mean": statistics.mean(values),
         "std": statistics.stdev(values) if several else None,
         "nll": None if None in losses else statistics.mean(losses),
         "unit": "%",
@@ -73,7 +79,7 @@ def _row(name, domain, seed, results):
 
 def _difference(ours, theirs, split):
     """[low, mid, high] in percentage points. A method that trains nothing is the same for every seed."""
-    untrained = [by_seed for by_seed in (ours, theirs) if next(iter(by_seed.values()))["learning_rate"] == 0]
+    untrained = [by_seed for by_seed in (ours, theirs) if _untrained(by_seed)]
     seeds = sorted(set(ours) & set(theirs)) if not untrained else sorted(set(ours if theirs in untrained else theirs))
     if not seeds:
         raise ValueError("two methods have no seed in common, so they cannot be compared in pairs")
@@ -84,6 +90,25 @@ def _difference(ours, theirs, split):
 
     found = paired_difference(correct(ours), correct(theirs), split.domains, split.clusters)
     return [PERCENT * value for value in found]
+
+
+def _untrained(by_seed):
+    return next(iter(by_seed.values()))["learning_rate"] == 0
+
+
+def trial_rows(results) -> list[dict]:
+    """Rows `trials/<method or form>`: accuracy on validation of one trial of `tune` or `search`, in percent, mean over domains."""
+    return [
+        {
+            "name": f"trials/{result['method']}",
+            "case": {name: result[name] for name in ("phase", "learning_rate", "teacher_rate", "seed")},
+            "median": PERCENT * result["score"]["accuracy"]["mean"],
+            "unit": "%",
+            "vs": None,
+            "ratio": None,
+        }
+        for result in results
+    ]
 
 
 def heatmap_rows(results, names) -> list[dict]:

@@ -31,14 +31,14 @@ if __name__ == "__main__":
 import record
 import torch
 
-from accuracy.choose import RATES, choose, search_runs, summary, tune_runs
+from accuracy.choose import RATES, choose, gains, search_runs, summary, tune_runs
 from accuracy.evaluate import Evaluation
 from accuracy.heatmap import draw
 from accuracy.items import make_items, read_items
 from accuracy.methods import BEST, METHODS, SEARCH, Method
-from accuracy.report import accuracy_rows, common_environment, heatmap_rows
+from accuracy.report import accuracy_rows, common_environment, heatmap_rows, trial_rows
 from accuracy.routing_share import expert_shares
-from accuracy.runs import Run, check_study, read_json, results_of, work_through, write_json
+from accuracy.runs import CHOSEN, Run, check_study, read_json, results_of, work_through, write_json
 from accuracy.train import SCHEDULES, TrainSettings, train
 from adafuse import AdaFuseModel
 from adafuse.base import load_base
@@ -144,7 +144,9 @@ def runs_of(options, phase) -> list[Run]:
     if phase == "search":
         return search_runs(options.runs, options.rates)
     methods = _known(options.methods, [*METHODS, BEST])
-    chosen = choose(options.runs, methods, options.rates)
+    # Of all methods, whichever are asked for: no test item is opened before every choice is made.
+    chosen = choose(options.runs, [*METHODS, BEST], options.rates)
+    chosen = {name: choice for name, choice in chosen.items() if name in methods}
     still = [name for name in methods if name not in chosen]  # nothing to train: the same from every seed
     return [Run("final", name, 0.0, options.seeds[0], name) for name in still] + [
         Run("final", name, choice["learning_rate"], seed, choice["built_as"], choice["teacher_rate"])
@@ -186,7 +188,10 @@ def _work(options, phases, runs, do, started, pool=None):
             options.runs, runs, do, options.budget_s, started=started, workers=options.workers, pool=pool
         )
         if phase != "final":
-            print("\n".join(summary(options.runs, runs)), flush=True)
+            print(
+                "\n".join(summary(options.runs, runs) + (gains(options.runs, runs) if phase == "tune" else [])),
+                flush=True,
+            )
         if failed:
             print(f"error: {failed} runs failed, see above; the same command tries them again", file=sys.stderr)
             return 1
@@ -218,9 +223,14 @@ def report(options) -> int:
     results = results_of(options.runs, "final")
     if not results:
         raise ValueError(f"{options.runs} has no final run to report")
+    chosen = read_json(Path(options.runs) / CHOSEN)
+    if missing := sorted(chosen.keys() - {result["method"] for result in results}):
+        raise ValueError(f"{options.runs} has no final run of {', '.join(missing)}; finish `final` first")
     items, env = read_items(options.items), common_environment(results)
     if options.phase == "report":
-        record.write(options.out, accuracy_rows(results, items.test, items.names, options.reference), env)
+        trials = [result for phase in ("tune", "search") for result in results_of(options.runs, phase)]
+        rows = accuracy_rows(results, items.test, items.names, options.reference) + trial_rows(trials)
+        record.write(options.out, rows, env)
         return 0
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out, {"env": env, "rows": heatmap_rows(results, items.names)})

@@ -55,7 +55,8 @@ def versions(name) -> dict[str, str]:
     """Versions of what a domain is built from."""
     module = DOMAINS[name]
     found = {package: debian_version(package) for package in getattr(module, "DEBIAN", ())}
-    return found | {package: pypi_version(package) for package in getattr(module, "PYPI", ())}
+    found |= {package: pypi_version(package) for package in getattr(module, "PYPI", ())}
+    return found | (module.versions() if hasattr(module, "versions") else {})
 
 
 def control(built, seed, out: Path) -> bool:
