@@ -18,8 +18,8 @@ def accuracy_rows(results, split, names, reference) -> list[dict]:
 
     "all" is the mean over the seeds, also in `median`, and std the sample standard deviation, null for one seed. "nll": nats per token of
     the right answers. Rows of "mean", "all" carry `diff_to_<reference>`: [low, mid, high] in percentage points, `stats.paired_difference`
-    over the common seeds. ValueError if the results are not of these items, the reference has none, or the methods were not trained from the same seeds, once
-    each.
+    over the common seeds. ValueError if the results are not of these items, the reference has none, or the methods were not trained from
+    the same seeds, once each.
     """
     if strangers := [result["method"] for result in results if result["score"]["order"] != split.order_hash()]:
         raise ValueError(
