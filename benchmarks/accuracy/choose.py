@@ -60,8 +60,7 @@ def choose(folder, methods, rates) -> dict:
     if BEST in methods:
         best = max(_all_results(folder, search_runs(folder, rates)), key=_accuracy)
         found[BEST] = _choice(*(best[key] for key in ("built_as", "learning_rate", "teacher_rate")), _accuracy(best))
-    path = Path(folder) / CHOSEN
-    before = read_json(path) if path.is_file() else {}
+    path, before = Path(folder) / CHOSEN, chosen_before(folder)
     if changed := sorted(name for name in found if name in before and before[name] != found[name]):
         raise ValueError(
             f"{path} fixed other settings of {', '.join(changed)}, and the test items may have been seen with them since"
@@ -69,6 +68,12 @@ def choose(folder, methods, rates) -> dict:
     if before | found != before:
         write_json(path, before | found)
     return found
+
+
+def chosen_before(folder) -> dict:
+    """What `choose` has fixed in this folder; empty before its first call."""
+    path = Path(folder) / CHOSEN
+    return read_json(path) if path.is_file() else {}
 
 
 def summary(folder, runs) -> list[str]:
@@ -89,7 +94,7 @@ def summary(folder, runs) -> list[str]:
 def gains(folder, runs) -> list[str]:
     """A line a domain: accuracy of the base, and of the trial that is best there. Nothing before the base has been scored."""
     results = done(folder, runs)
-    before = next((result["score"]["accuracy"] for result in results if METHODS[result["method"]].build is None), None)
+    before = next((result["score"]["accuracy"] for result in results if not result["learning_rate"]), None)
     if before is None or len(results) == 1:
         return []
     lines = []

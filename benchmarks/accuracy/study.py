@@ -31,14 +31,14 @@ if __name__ == "__main__":
 import record
 import torch
 
-from accuracy.choose import RATES, choose, gains, search_runs, summary, tune_runs
+from accuracy.choose import RATES, choose, chosen_before, gains, search_runs, summary, tune_runs
 from accuracy.evaluate import Evaluation
 from accuracy.heatmap import draw
 from accuracy.items import make_items, read_items
 from accuracy.methods import BEST, METHODS, SEARCH, Method
 from accuracy.report import accuracy_rows, common_environment, heatmap_rows, trial_rows
 from accuracy.routing_share import expert_shares
-from accuracy.runs import CHOSEN, Run, check_study, read_json, results_of, work_through, write_json
+from accuracy.runs import Run, check_study, read_json, results_of, work_through, write_json
 from accuracy.train import SCHEDULES, TrainSettings, train
 from adafuse import AdaFuseModel
 from adafuse.base import load_base
@@ -188,10 +188,7 @@ def _work(options, phases, runs, do, started, pool=None):
             options.runs, runs, do, options.budget_s, started=started, workers=options.workers, pool=pool
         )
         if phase != "final":
-            print(
-                "\n".join(summary(options.runs, runs) + (gains(options.runs, runs) if phase == "tune" else [])),
-                flush=True,
-            )
+            print("\n".join(summary(options.runs, runs) + gains(options.runs, runs)), flush=True)
         if failed:
             print(f"error: {failed} runs failed, see above; the same command tries them again", file=sys.stderr)
             return 1
@@ -223,8 +220,7 @@ def report(options) -> int:
     results = results_of(options.runs, "final")
     if not results:
         raise ValueError(f"{options.runs} has no final run to report")
-    chosen = read_json(Path(options.runs) / CHOSEN)
-    if missing := sorted(chosen.keys() - {result["method"] for result in results}):
+    if missing := sorted(chosen_before(options.runs).keys() - {result["method"] for result in results}):
         raise ValueError(f"{options.runs} has no final run of {', '.join(missing)}; finish `final` first")
     items, env = read_items(options.items), common_environment(results)
     if options.phase == "report":

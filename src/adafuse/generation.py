@@ -14,6 +14,7 @@ from transformers import TextStreamer, set_seed
 from adafuse.base import load_adapted
 from adafuse.data import prompt_ids
 from adafuse.engine import Engine
+from adafuse.engine.requests import end_ids
 from adafuse.evaluation import position_limit
 from adafuse.layers import in_eval_mode
 
@@ -50,7 +51,7 @@ def generate_text(
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=_ends(model, tokenizer),
+            eos_token_id=sorted(end_ids(None, model.get_base_model(), tokenizer)) or None,
             streamer=TextStreamer(tokenizer, skip_prompt=True, **AS_TEXT) if stream else None,
             **(sampling if temperature else {"do_sample": False}),
         )
@@ -154,10 +155,3 @@ def run_generation(adapter, base, prompt, *, seed=0, show_experts=False, load=No
 def _agreeing(a: str, b: str) -> int:
     """The length of the longest common beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _ends(model, tokenizer) -> list[int] | None:
-    """The ids that end a text: those of the base's generation config, and the tokenizer's EOS, which training puts behind answers."""
-    ends = getattr(model.get_base_model().generation_config, "eos_token_id", None)
-    ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
-    return sorted((ends | {tokenizer.eos_token_id}) - {None}) or None

@@ -46,7 +46,8 @@ def read_requests(prompts, settings: dict, *, limits: Limits, tokenizer, ends, s
 
 
 def end_ids(given, base, tokenizer) -> frozenset[int]:
-    """Ids that end a text. given: an id or several, `()` for none; None: the base's generation config's, and the tokenizer's EOS."""
+    """Ids that end a text. given: an id or several, `()` for none; None: the base's generation config's, and the tokenizer's EOS,
+    which training puts behind answers."""
     if given is not None:
         several = tuple(given) if isinstance(given, (list, tuple, set, frozenset)) else (given,)
         if wrong := [each for each in several if not _is_id(each)]:

@@ -49,9 +49,10 @@ def rewrite(path: str, body: bytes, bare_name: str | None) -> tuple[str | None, 
         return None, body
     bare = bare_name is not None and request.get("model") == bare_name
     if path not in MARKED:
-        if (bare and path not in ALIKE) or f'"{BARE}"' in json.dumps(request):
+        text = json.dumps(request)
+        if (bare and path not in ALIKE) or f'"{BARE}"' in text:
             return f"the base without adapter answers at {' and '.join(MARKED)} only", body
-        return None, json.dumps(_salted(request)).encode() if '"cache_salt"' in json.dumps(request) else body
+        return None, json.dumps(_salted(request)).encode() if '"cache_salt"' in text else body
     if bare and request.get("use_beam_search"):
         # vLLM makes requests of its own for the beams, and these lose the mark.
         return "the base without adapter answers no beam searches", body
