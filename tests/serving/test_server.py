@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +24,6 @@ from safetensors.torch import load_file, save_file
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import serve as load_generator
-from serve_models import free_ports
 
 MODELS = ("tuned", "plain")
 LENGTH = 256
@@ -37,7 +37,7 @@ class Server:
         self.base = tiny.save_base(family, folder / "base")
         self.adapter = tiny.save_adapter(self.base, folder / "adapter", shared_rank=2)
         self.models = {"tuned": tiny.reference(self.base, self.adapter), "plain": tiny.reference(self.base, None)}
-        self.port, meeting = free_ports(2)
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"
         command = [sys.executable, "-m", "adafuse.cli", "serve", "--adapter", self.adapter, "--base", self.base]
@@ -45,7 +45,7 @@ class Server:
         command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", LENGTH, "--block-size", 32]
         command += ["--num-gpu-blocks-override", 512]  # all of which the first few hundred requests write to
         several = ["--tensor-parallel-size", machines, "--nnodes", machines, "--master-addr", "127.0.0.1"]
-        command += [*several, "--master-port", meeting] if machines > 1 else []
+        command += [*several, "--master-port", free_port()] if machines > 1 else []
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_HOST_IP": "127.0.0.1"}
         ranks = [["--port", self.port], *(["--node-rank", rank, "--headless"] for rank in range(1, machines))]
         with self.log.open("w") as log:
@@ -106,6 +106,12 @@ class Server:
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _descendants(pid):
