@@ -55,14 +55,14 @@ class Group(NamedTuple):
     widths: tuple[int, ...]
 
 
-def groups(model) -> list[Group]:
-    """The four groups of a block, in the order of the forward."""
+def groups(model, ranks=1) -> list[Group]:
+    """The four groups of a block, in the order of the forward; ranks: what one of so many tensor-parallel ranks has of them."""
     shape = SHAPES[model]
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
     return [
-        Group("qkv", hidden, (hidden, kv, kv)),
-        Group("o", hidden, (hidden,)),
-        Group("gate_up", hidden, (inner, inner)),
-        Group("down", inner, (hidden,)),
+        Group("qkv", hidden, (hidden // ranks, kv // ranks, kv // ranks)),
+        Group("o", hidden // ranks, (hidden,)),
+        Group("gate_up", hidden, (inner // ranks, inner // ranks)),
+        Group("down", inner // ranks, (hidden,)),
     ]

@@ -29,10 +29,14 @@ FEWEST_OF_A_MATMUL = 256
 
 
 class Stack:
-    """Weights and activations of the base. `weights[block][group]` [sum of widths, features], bf16."""
+    """Weights and activations of the base. `weights[block][group]` [sum of widths, features], bf16.
 
-    def __init__(self, model, tokens=1, device="cuda"):
-        self.model, self.groups, self.device = model, groups(model), device
+    ranks: of one of so many tensor-parallel ranks. among: an ordinary kernel ahead of each group, as in an engine whose norms and attention
+    know nothing of early launch.
+    """
+
+    def __init__(self, model, tokens=1, device="cuda", *, ranks=1, among=False):
+        self.model, self.groups, self.device, self.among = model, groups(model, ranks), device, among
         self.blocks = SHAPES[model]["num_hidden_layers"]
         self.hidden = SHAPES[model]["hidden_size"]
         options = {"device": device, "dtype": torch.bfloat16}
@@ -68,8 +72,8 @@ class Stack:
         x = self.x
         for block in range(self.blocks):
             for index, group in enumerate(self.groups):
-                y = self.outputs[block][index]
-                yield block, index, group, x[:, : group.features], y
+                y, x = self.outputs[block][index], x[:, : group.features]
+                yield block, index, group, x * 1.0 if self.among else x, y
                 x = y
 
     def linears(self, block, index):

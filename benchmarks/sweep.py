@@ -13,6 +13,7 @@ from functools import partial
 import record
 import torch
 from bench_kernels import MIXTURES, MODELS, routing, segments
+from shapes import SHAPES
 from stack import Adapters, Batch, Stack
 from timing import best_read_times, check, free, graph_of, times
 
@@ -36,6 +37,10 @@ FEW = (
     {"chunks": 4},
     {"resident": 0},
     {"block_o": 8},
+)
+# The same among ordinary kernels: early launch, and whether a program asks for its rows a quarter at a time.
+AMONG = tuple(
+    (pdl, changes) for pdl in (False, True) for changes in ({}, {"patient": False}, {"block_o": 2}, {"resident": 0})
 )
 CROWD = ({}, {"prefetch": 0}, {"block_i": 64, "num_stages": 6}, {"block_r": 64}, {"num_warps": 8}, {"slots": 250})
 SPLITS_AND_BLOCKS = ((1, 32, 128), (1, 32, 256), (1, 64, 128), (2, 32, 128), (2, 64, 128), (4, 64, 64), (4, 128, 64))
@@ -146,6 +151,38 @@ def sweep_mixed(sweep, model, tokens):
             sweep.time("forms", case, partial(batch.run, forms, pdl=pdl), bound, stack.prepare, error=batch.error)
 
 
+def sweep_among(sweep, model, tokens, ranks):
+    """A few tokens among ordinary kernels, as in vLLM."""
+    stack = Stack(model, tokens=tokens, ranks=ranks, among=True)
+    bound = record.row("read", {}, best_read_times(stack.flat), "ms")
+    sweep.rows.append(bound)
+    case = {"tokens": tokens, "ranks": ranks}
+    sweep.time("cublas", case, stack.run_cublas, bound, stack.prepare)
+    variants = AMONG if tokens == 1 else [(pdl, {}) for pdl in (False, True)]
+    for pdl, changes in variants:
+        with tiles("default", changes):
+            run = partial(stack.run_backbone, pdl=pdl)
+            sweep.time("backbone", {**case, "pdl": pdl, **changes}, run, bound, stack.prepare, error=stack.error)
+    for r in (16, 64):
+        mixture = {"num_experts": 8, "r": r, "top_k": 2}
+        adapters = Adapters(stack, **mixture)
+        for pdl, changes in variants:
+            with tiles("default", changes):
+                run = partial(adapters.run, pdl=pdl)
+                sweep.time(
+                    f"decode_r{r}", {**case, "pdl": pdl, **changes}, run, bound, stack.prepare, error=adapters.error
+                )
+        del adapters, run
+        free()
+        if tokens > 1:
+            batch = Batch(stack, **mixture)
+            for pdl in (False, True):
+                run = partial(batch.run, "crowd", pdl=pdl)
+                sweep.time(f"crowd_r{r}", {**case, "pdl": pdl}, run, bound, stack.prepare, error=batch.error)
+            del batch, run
+            free()
+
+
 def sweep_batch(sweep, model, tokens):
     stack = Stack(model, tokens=tokens)
     repeats = 20 if tokens < 1000 else 6
@@ -224,6 +261,7 @@ def main():
         "decode": sweep_decode,
         "few": sweep_few,
         "mixed": sweep_mixed,
+        "among": sweep_among,
         "batch": sweep_batch,
         "pieces": sweep_pieces,
         "crowd": sweep_crowd,
@@ -231,13 +269,14 @@ def main():
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", choices=kernels, required=True)
-    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="whose shapes")
+    parser.add_argument("--model", choices=SHAPES, default=MODELS[0], help="whose shapes")
     parser.add_argument("--tokens", type=int, default=32, help="of a crowd or batch")
+    parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel ranks that share a linear, for `among`")
     parser.add_argument("--out", required=True, help="JSON file to write")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    sweep = Sweep()
-    kernels[args.kernel](sweep, args.model, args.tokens)
+    sweep, more = Sweep(), [args.ranks] if args.kernel == "among" else []
+    kernels[args.kernel](sweep, args.model, args.tokens, *more)
     record.write(args.out, sorted(sweep.rows, key=lambda row: (row["name"], row["median"])))
 
 

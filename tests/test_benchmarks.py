@@ -30,8 +30,9 @@ def toy(monkeypatch):
 @pytest.mark.parametrize(
     "mixture", [{"num_experts": 4, "r": 2, "top_k": 2}, {"num_experts": 6, "r": 1, "top_k": 3, "routing": "layer"}]
 )
-def test_decoding_stacks(mixture):
-    toy = stack.Stack("toy", device=DEVICE)
+@pytest.mark.parametrize("among", [False, True])
+def test_decoding_stacks(mixture, among):
+    toy = stack.Stack("toy", device=DEVICE, among=among)
     toy.run_backbone(pdl=False)
     assert toy.error() < LIMIT
     adapters = stack.Adapters(toy, **mixture)
@@ -44,6 +45,14 @@ def test_decoding_stacks(mixture):
     active = mixture["r"] * mixture["top_k"]
     linears = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
     assert adapters.num_bytes == 2 * 2 * active * sum(i + o for i, o in linears)
+
+
+def test_a_stack_of_one_of_two_ranks():
+    toy = stack.Stack("toy", device=DEVICE, ranks=2, among=True)
+    assert [(g.features, g.widths) for g in toy.groups] == [(32, (16, 8, 8)), (16, (32,)), (32, (24, 24)), (24, (32,))]
+    adapters = stack.Adapters(toy, num_experts=4, r=2, top_k=2)
+    adapters.run(pdl=False)
+    assert adapters.error() < LIMIT
 
 
 def test_an_output_that_was_not_written_is_an_error():

@@ -17,9 +17,9 @@ HIDDEN, IN, OUT = 24, 40, (33, 16)
 REQUESTS = 4
 
 
-def make_step(dtype=torch.float32, *, kernels, decisions=2, max_tokens=64, widths=None, **settings):
+def make_step(dtype=torch.float32, *, kernels, decisions=2, max_tokens=64, widths=None, others=(), **settings):
     """A step of layers that add their experts to what the base made; with widths: of as many layers as decisions that compute
-    both, of linears with so many outputs.
+    both, of linears with so many outputs. others: the widths of further layers.
     """
     settings = {
         "r": 4,
@@ -37,8 +37,8 @@ def make_step(dtype=torch.float32, *, kernels, decisions=2, max_tokens=64, width
     step = Step(
         router, config, hidden_size=HIDDEN, max_tokens=max_tokens, max_requests=REQUESTS, dtype=dtype, kernels=kernels
     )
-    group = widths and Group(IN, widths, dtype, step.shape)
-    step.rows = [step.join(group) for _ in range(decisions)]
+    groups = [each and Group(IN, each, dtype, step.shape) for each in [widths] * decisions + list(others)]
+    step.rooms = [step.room_of(layer) for layer in [step.join(group) for group in groups]]
     for buffer in (*step.routing, *step.room):  # a kernel that reads what no step has written must not go unseen
         buffer.fill_(float("nan") if buffer.is_floating_point() else 1)
     return step
@@ -199,7 +199,7 @@ def check_layers(step, tokens, dtype, widths=OUT, bare=(False, True, False, Fals
     without = without_adapter(starts, bare, tokens)
 
     def compute(b, decision):
-        return linear_by_kernels(x, weight, a, b, step.routing, step.room, step.rows[decision], decision, step.shape)
+        return linear_by_kernels(x, weight, a, b, step.routing, step.rooms[decision], decision, step.shape)
 
     step.route(h0, starts)
     found = [compute(b, decision) for decision in range(step.shape.decisions)]
@@ -259,25 +259,27 @@ def test_steps_of_all_sizes_in_the_same_buffers():
 def test_layers_of_a_step_may_differ(tokens):
     """Each finds the routing as it reads it, and its own part of the room."""
     narrow, bare = (7, 8), [False, True, False, False]
-    step = make_step(kernels=True, decisions=1, widths=OUT, shared_rank=0)
-    rows = {
-        OUT: step.rows[0],
-        narrow: step.join(Group(IN, narrow, torch.float32, step.shape)),
-        None: step.join(None),
-    }
+    step = make_step(kernels=True, decisions=1, widths=OUT, others=(narrow, None), shared_rank=0)
+    rooms = dict(zip((OUT, narrow, None), step.rooms, strict=True))
     step.set_bare(bare)
     starts = spread(tokens, 2)
     step.route(case(tokens, torch.float32, step)[0], starts)
-    for widths, row in rows.items():
+    for widths, room in rooms.items():
         h0, y, x, a, b = case(tokens, torch.float32, step, widths or OUT)
         if widths is None:
             add_by_kernels(found := y.clone(), x, a, b, [0, OUT[0]], step.routing, 0, step.shape)
         else:
             weight = torch.randn(sum(widths), IN, device=DEVICE)
             y = x.double() @ weight.double().T
-            found = linear_by_kernels(x, weight, a, b, step.routing, step.room, row, 0, step.shape)
+            found = linear_by_kernels(x, weight, a, b, step.routing, room, 0, step.shape)
         right = by_loops(y, x, a, b, step, h0, 0, starts, bare)
         torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5)
+
+
+def test_no_layer_joins_when_room_is_given_out():
+    step = make_step(kernels=True, widths=OUT)
+    with pytest.raises(ValueError, match="given out already"):
+        step.join(None)
 
 
 def test_tokens_are_sorted_only_for_layers_that_read_tiles():
@@ -305,7 +307,7 @@ def test_torch_compile_keeps_a_whole_linear():
     step = make_step(kernels=DEVICE.type == "cuda", decisions=1, widths=OUT)
     h0, _, x, a, b = case(7, torch.float32, step)
     weight = torch.randn(sum(OUT), IN, device=DEVICE)
-    routed = (a, b, list(step.routing), list(step.room), step.rows[0], 0, list(step.shape))
+    routed = (a, b, list(step.routing), list(step.rooms[0]), 0, list(step.shape))
     step.route(h0, spread(7, 0))
     if DEVICE.type == "cpu":
         torch.library.opcheck(torch.ops.adafuse.adapted_linear.default, (x[None], weight, *routed))
@@ -325,7 +327,7 @@ def test_a_cuda_graph_holds_step_and_linears(tokens, shared_rank):
     step = make_step(torch.bfloat16, kernels=True, decisions=1, widths=OUT, shared_rank=shared_rank)
     h0, _, x, a, b = case(tokens, torch.bfloat16, step)
     weight, starts = torch.randn(sum(OUT), IN, device=DEVICE).bfloat16(), spread(tokens, 0)
-    routed = (a, b, list(step.routing), list(step.room), step.rows[0], 0, list(step.shape))
+    routed = (a, b, list(step.routing), list(step.rooms[0]), 0, list(step.shape))
 
     def run():
         step.route(h0, starts)

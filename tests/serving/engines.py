@@ -7,6 +7,7 @@ import os
 from contextlib import contextmanager
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # an engine here costs two seconds, in a process of its own thirty
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # which not every machine has; requests here are greedy
 
 from vllm import LLM, SamplingParams
 

@@ -358,7 +358,7 @@ def _check_tiles(tiles):
 
 
 def _check(name, tensor, shape, dtype):
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != shape:
         raise ValueError(f"{name} is {list(tensor.shape)}, needs {list(shape)}")
     if tensor.dtype != dtype:
         raise ValueError(f"{name} is {tensor.dtype}, the activations are {dtype}: convert one of them")

@@ -13,23 +13,25 @@ MAX_FEATURES = 65536
 
 def check(x, chosen, **matrices):
     """ValueError for what the kernels cannot read. `matrices`: by name, tuples of one each linear."""
-    refuse_gradients(x, *(m for group in matrices.values() for m in group), *([chosen.weights] if chosen else []))
-    if x.dim() != 2 or not 1 <= len(x) <= MAX_TOKENS or x.shape[1] > MAX_FEATURES or x.stride(1) != 1:
+    if torch.is_grad_enabled():
+        refuse_gradients(x, *(m for group in matrices.values() for m in group), *([chosen.weights] if chosen else []))
+    if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_TOKENS or x.shape[1] > MAX_FEATURES or x.stride(1) != 1:
         raise ValueError(
             f"x must be [T, I] of 1 to {MAX_TOKENS} tokens and up to {MAX_FEATURES} features, its last axis contiguous; got "
             f"{list(x.shape)} with strides {x.stride()}"
         )
+    dtype, device, features = x.dtype, x.device, x.shape[1]
     for name, group in matrices.items():
         for m in group:
-            if m.dtype != x.dtype or m.device != x.device:
+            if m.dtype != dtype or m.device != device:
                 raise ValueError(f"{name} is {m.dtype} on {m.device}, x is {x.dtype} on {x.device}; they must agree")
             if m.dim() != 2 or m.stride(1) != 1 or (name != "out" and not m.is_contiguous()):
                 raise ValueError(
                     f"{name} has shape {list(m.shape)} and strides {m.stride()}; it must be a contiguous matrix"
                 )
-            if name in ("base_weights", "banks_a") and m.shape[1] != x.shape[1]:
+            if name in ("base_weights", "banks_a") and m.shape[1] != features:
                 raise ValueError(f"{name} has shape {list(m.shape)}, but x has {x.shape[1]} features")
-            if chosen and name.startswith("banks") and len(m) != chosen.ranks:
+            if chosen and name.startswith("banks") and m.shape[0] != chosen.ranks:
                 raise ValueError(f"{name} has {len(m)} rows, but the routing is of {chosen.ranks} ranks")
     if "base_weights" in matrices:
         _check_group(x, chosen, **matrices)
@@ -38,8 +40,8 @@ def check(x, chosen, **matrices):
 
 
 def _check_group(x, chosen, base_weights, banks_a, banks_b, out):
-    widths = [len(w) for w in base_weights]
-    if out[0].shape != (len(x), sum(widths)):
+    widths = [w.shape[0] for w in base_weights]
+    if out[0].shape != (x.shape[0], sum(widths)):
         raise ValueError(f"out is {list(out[0].shape)}, but {len(x)} token(s) of linears of {widths} features come out")
     if chosen and (len(banks_a) != len(widths) or [b.shape[1] for b in banks_b] != widths):
         raise ValueError(
@@ -62,7 +64,7 @@ def check_chosen(x, chosen):
     for name, tensor, dtype in (("experts", chosen.experts, torch.int32), ("weights", chosen.weights, torch.float32)):
         if (
             tensor.shape != chosen.experts.shape
-            or len(tensor) != len(x)
+            or tensor.shape[0] != x.shape[0]
             or tensor.dtype != dtype
             or tensor.device != x.device
         ):
@@ -79,5 +81,7 @@ def padded(features):
 
 
 def aligned_rows(features, *matrices):
-    """Whether every row of these contiguous matrices starts on a 16-byte boundary."""
-    return all(features * m.element_size() % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
+    """Whether every row of these contiguous matrices of one dtype starts on a 16-byte boundary."""
+    if matrices and features * matrices[0].element_size() % 16:
+        return False
+    return all(m.data_ptr() % 16 == 0 for m in matrices)

@@ -27,6 +27,7 @@ T tokens, M linears, E experts, R = E * r + S ranks, I and O features.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ import triton
 import triton.language as tl
 
 from adafuse.ops import launch
+from adafuse.ops.checks import aligned_rows
 from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import INTERPRETED, cdiv, dot, next_power_of_2
 
@@ -408,10 +410,7 @@ def crowd(
             PREFETCH=next_power_of_2(cut.prefetch) if cut.prefetch else 0,
             PER_LINE=LINE // x.element_size(),
             EVEN_O=all(width % cut.block_o == 0 for width in widths),
-            ALIGNED=all(
-                m.shape[1] * m.element_size() % 16 == 0 and m.data_ptr() % 16 == 0
-                for m in (*base_weights, *banks_a, *banks_b)
-            ),
+            ALIGNED=aligned_rows(features, *base_weights, *banks_a) and all(map(aligned_rows, widths, banks_b)),
             num_warps=cut.num_warps,
             num_stages=cut.num_stages,
             **launch.launch_options(pdl),
@@ -423,7 +422,8 @@ def crowd(
 
 
 def _check(x, base_weights, out, banks_a, banks_b, gates, r, h, partial, flags, cut):
-    refuse_gradients(*(t for t in (x, *base_weights, *banks_a, *banks_b, gates, out) if t is not None))
+    if torch.is_grad_enabled():
+        refuse_gradients(*(t for t in (x, *base_weights, *banks_a, *banks_b, gates, out) if t is not None))
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"x is {x.dtype}, needs bfloat16, float16 or float32")
     tokens, features = x.shape
@@ -449,6 +449,16 @@ def _check(x, base_weights, out, banks_a, banks_b, gates, r, h, partial, flags, 
             _check_tensor("a bank b", b, (ranks, width), x.dtype)
         _check_tensor("gates", gates, (tokens, experts + 1), torch.float32)
         _check_tensor("h", h, cut.h_shape(tokens, len(widths), ranks), x.dtype)
+    _check_cut(cut, tokens, features, tuple(widths), ranks)
+    _check_tensor("partial", partial, cut.partial_shape, torch.float32)
+    need = cut.num_flags(tokens, len(widths), ranks)
+    if flags.dtype != torch.int32 or flags.dim() != 1 or len(flags) < need or not flags.is_contiguous():
+        raise ValueError(f"flags are {flags.dtype} {list(flags.shape)}, need int32 [{need}] at least, contiguous")
+
+
+@lru_cache(maxsize=1024)
+def _check_cut(cut, tokens, features, widths, ranks):
+    """Once a shape: the host is not to do it at each launch."""
     for name in ("block_t", "block_o", "block_i", "block_r"):
         block = getattr(cut, name)
         if block < 16 or block & (block - 1):
@@ -463,15 +473,11 @@ def _check(x, base_weights, out, banks_a, banks_b, gates, r, h, partial, flags, 
         raise ValueError(
             f"the cut has {cut.programs} programs and {cut.shrinks} shrinks: make it with cut_for these shapes"
         )
-    _check_tensor("partial", partial, cut.partial_shape, torch.float32)
-    need = cut.num_flags(tokens, len(widths), ranks)
-    if flags.dtype != torch.int32 or flags.dim() != 1 or len(flags) < need or not flags.is_contiguous():
-        raise ValueError(f"flags are {flags.dtype} {list(flags.shape)}, need int32 [{need}] at least, contiguous")
 
 
 def _check_tensor(name, tensor, shape, dtype, whole=True):
     """whole: no gaps between rows."""
-    if tensor is None or tuple(tensor.shape) != tuple(shape):
+    if tensor is None or tensor.shape != shape:
         raise ValueError(f"{name} is {'missing' if tensor is None else list(tensor.shape)}, needs {list(shape)}")
     if tensor.dtype != dtype:
         raise ValueError(f"{name} is {tensor.dtype}, needs {dtype}")

@@ -31,6 +31,8 @@ T tokens, K experts a token, J active ranks a token, R ranks in all, I and O fea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -196,6 +198,7 @@ def _decode_kernel(
     STEPS: tl.constexpr,
     CHUNKS: tl.constexpr,
     AHEAD: tl.constexpr,
+    PATIENT: tl.constexpr,
     PREFETCH: tl.constexpr,
     THREADS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -227,7 +230,7 @@ def _decode_kernel(
     if STEPS > 0:
         held = held_fragments(w, block * BLOCK_O, width - 1, zero, I, PARTS, STEPS, CHUNKS, THREADS // 32)
     else:
-        held = held_rows(w, row, zero, I, CHUNK, ALIGNED, True)
+        held = held_rows(w, row, zero, I, CHUNK, ALIGNED, PATIENT)
     b_tiles = ()
     if J > 0:
         b = pick_part(banks_b, linear)
@@ -287,7 +290,8 @@ def _decode_kernel(
 class Tile:
     """How `decode` cuts the work. A program holds block_o whole rows of W, asked for in `chunks` parts, or block_j rows of an A.
 
-    resident: how many programs a processor is taken to hold at once; so many start with rows that h is not ready for.
+    patient: each part is asked for when the one before has come. resident: how many programs a processor is taken to hold at once; so
+    many start with rows that h is not ready for.
     """
 
     block_o: int
@@ -295,6 +299,7 @@ class Tile:
     chunks: int = 4
     block_j: int = 1
     resident: int = 5
+    patient: bool = True
 
     @property
     def maxnreg(self) -> int | None:
@@ -350,30 +355,17 @@ def decode(
     """
     check(x, chosen, base_weights=base_weights, banks_a=banks_a, banks_b=banks_b, out=(out,))
     if chosen:
-        check_h("h", h, ("C", len(x), len(base_weights), chosen.active))
+        check_h("h", h, ("C", x.shape[0], len(base_weights), chosen.active))
     tokens, features = x.shape
-    widths = tuple(len(w) for w in base_weights)
-    tensor_cores = _for_tensor_cores(x, *base_weights) and (tile is None or tile.block_o <= 8)
+    widths = tuple(w.shape[0] for w in base_weights)
+    base_aligned = aligned_rows(features, *base_weights)
+    tensor_cores = base_aligned and _for_tensor_cores(x) and (tile is None or tile.block_o <= 8)
     tile = tile or (Tile.of_fragments(features) if tensor_cores else Tile.default(features, x.element_size()))
     adapted = chosen is not None
-    shrinks = tokens * len(widths) * cdiv(chosen.active, tile.block_j) if adapted else 0
-    tiles = sum(cdiv(width, tile.block_o) for width in widths)
-    places = max(0, processors(x) * tile.resident - shrinks)
-    seconds = max(0, min(places, tiles - places)) if adapted and tokens == 1 else 0
-    aligned = aligned_rows(features, *base_weights, *banks_a, *banks_b) and all(
-        width % max(8, tile.block_o) == 0 for width in widths
-    )
-    grid = (shrinks + tiles - seconds,)
-    threads, block_t, block_j = 32 * tile.num_warps, next_power_of_2(tokens), 1
-    if tensor_cores:
-        block_t = min(block_t, 2 * tile.block_o)
-    ahead = adapted
-    if adapted:
-        block_j, held = next_power_of_2(chosen.active), HELD_B * threads // tile.block_o
-        ahead = tokens == 1 or next_power_of_2(tokens) * block_j <= held
-        block_j = max(threads // block_t, block_j if ahead else min(block_j, held // block_t))
+    cut = _cut(tile, tokens, features, widths, chosen.active if adapted else 0, tensor_cores, processors(x))
+    aligned = base_aligned and cut.even and aligned_rows(features, *banks_a, *banks_b)
     with torch.cuda.device_of(x):
-        _decode_kernel[grid](
+        _decode_kernel[cut.grid](
             x,
             tuple(base_weights),
             tuple(banks_a) if adapted else None,
@@ -386,36 +378,68 @@ def decode(
             out.stride(0),
             chosen.num_experts * chosen.r if adapted else 0,
             chosen.shared_scale if adapted else 0.0,
-            seconds,
+            cut.seconds,
             0,
-            widths=widths,
-            T=tokens,
-            I=features,
             K=chosen.experts.shape[1] if adapted else 0,
             r=chosen.r if adapted else 1,
             S=chosen.shared_rank if adapted else 0,
-            SHRINKS=shrinks,
-            COPIES=len(h) if adapted else 1,
-            BLOCK_T=block_t,
-            BLOCK_O=tile.block_o,
-            BLOCK_J=block_j,
-            BLOCK_SHRINK=tile.block_j,
-            CHUNK=padded(features) // tile.chunks,
-            PARTS=8 // tile.block_o if tensor_cores else 1,
-            STEPS=tile.steps(features) if tensor_cores else 0,
-            CHUNKS=tile.chunks,
-            AHEAD=ahead,
+            COPIES=h.shape[0] if adapted else 1,
             PREFETCH=aligned and since_hopper(x),
-            THREADS=threads,
             ALIGNED=aligned,
             AFTER_PLAN=after_plan,
-            num_warps=tile.num_warps,
+            **cut.constants,
             **launch_options(pdl, maxnreg=tile.maxnreg if tokens == 1 or tensor_cores else None),
         )
     return out
 
 
-def _for_tensor_cores(x, *matrices):
-    """Whether `fragments` can multiply them: several tokens, 16-bit numbers, whole loads of 16 bytes."""
+class _Cut(NamedTuple):
+    """Of one launch. seconds: programs that compute two tiles. even: no tile of any linear goes past its last row."""
+
+    grid: tuple[int]
+    seconds: int
+    even: bool
+    constants: dict
+
+
+@lru_cache(maxsize=4096)
+def _cut(tile: Tile, tokens, features, widths, active, tensor_cores, num_processors) -> _Cut:
+    """Kept: to find it takes the host longer than the launch. active: ranks of a token, 0 for the base alone."""
+    shrinks = tokens * len(widths) * cdiv(active, tile.block_j)
+    tiles = sum(cdiv(width, tile.block_o) for width in widths)
+    places = max(0, num_processors * tile.resident - shrinks)
+    seconds = max(0, min(places, tiles - places)) if active and tokens == 1 else 0
+    threads, block_t, block_j = 32 * tile.num_warps, next_power_of_2(tokens), 1
+    if tensor_cores:
+        block_t = min(block_t, 2 * tile.block_o)
+    ahead = active > 0
+    if active:
+        block_j, held = next_power_of_2(active), HELD_B * threads // tile.block_o
+        ahead = tokens == 1 or next_power_of_2(tokens) * block_j <= held
+        block_j = max(threads // block_t, block_j if ahead else min(block_j, held // block_t))
+    constants = {
+        "widths": widths,
+        "T": tokens,
+        "I": features,
+        "SHRINKS": shrinks,
+        "BLOCK_T": block_t,
+        "BLOCK_O": tile.block_o,
+        "BLOCK_J": block_j,
+        "BLOCK_SHRINK": tile.block_j,
+        "CHUNK": padded(features) // tile.chunks,
+        "PARTS": 8 // tile.block_o if tensor_cores else 1,
+        "STEPS": tile.steps(features) if tensor_cores else 0,
+        "CHUNKS": tile.chunks,
+        "AHEAD": ahead,
+        "PATIENT": tile.patient,
+        "THREADS": threads,
+        "num_warps": tile.num_warps,
+    }
+    even = all(width % max(8, tile.block_o) == 0 for width in widths)
+    return _Cut((shrinks + tiles - seconds,), seconds, even, constants)
+
+
+def _for_tensor_cores(x):
+    """Whether `fragments` can multiply tokens, by rows on 16 bytes: several, of 16-bit numbers, on 16 bytes too."""
     rows = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return len(x) > 1 and x.element_size() == 2 and rows and aligned_rows(x.shape[1], *matrices) and has_mma(x)
+    return x.shape[0] > 1 and x.element_size() == 2 and rows and has_mma(x)

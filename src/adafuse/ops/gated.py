@@ -34,7 +34,8 @@ def linear_gated(x, weight, a, b, tiles: Tiles, out=None):
     matrix = whole(weight, a)
     if matrix is None:
         return add_gated(torch.mm(x, weight.T, out=out), x, a, b, tiles)
-    y, h = torch.nn.functional.linear(x, matrix).split([len(weight), len(matrix) - len(weight)], dim=1)
+    outputs = weight.shape[0]
+    y, h = torch.nn.functional.linear(x, matrix).split([outputs, matrix.shape[0] - outputs], dim=1)
     return expand_gated(y, h, b, tiles, out)
 
 
@@ -162,14 +163,14 @@ def _check(y, h, b, tiles, out):
     if not 1 <= len(b) <= MOST_LINEARS:
         raise ValueError(f"{len(b)} tensors b were given; one launch takes 1 to {MOST_LINEARS}")
     for part in b:
-        if part.dim() != 2 or len(part) != tiles.rank or part.dtype != y.dtype or not readable(part):
+        if part.dim() != 2 or part.shape[0] != tiles.rank or part.dtype != y.dtype or not readable(part):
             raise ValueError(
                 f"a b is {part.dtype} {list(part.shape)} with strides {part.stride()}; needs contiguous {y.dtype} [{tiles.rank}, O], "
                 "rows a multiple of 16 bytes"
             )
     columns = sum(part.shape[1] for part in b)
     for name, tensor, width in (("y", y, columns), ("h", h, len(b) * tiles.rank), ("out", out, columns)):
-        if tuple(tensor.shape) != (tiles.tokens, width) or tensor.dtype != y.dtype or tensor.stride(1) != 1:
+        if tensor.shape != (tiles.tokens, width) or tensor.dtype != y.dtype or tensor.stride(1) != 1:
             raise ValueError(
                 f"{name} is {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}; needs {y.dtype} "
                 f"[{tiles.tokens}, {width}], its last dimension contiguous"

@@ -110,7 +110,7 @@ def matmul_tiles(x, base_weights, h, b, tiles: Tiles, out, *, block_o=None, grou
     """
     base_weights, b = tuple(base_weights), tuple(b)
     _check(x, base_weights, h, b, tiles, out)
-    widths = tuple(len(w) for w in base_weights)
+    widths = tuple(w.shape[0] for w in base_weights)
     exact = x.dtype == torch.float32  # no tensor cores: small tiles
     block_o, block_i = block_o or (64 if exact else 256), 32 if exact else 64
     columns = sum(cdiv(width, block_o) for width in widths)
@@ -138,7 +138,7 @@ def _check(x, base_weights, h, b, tiles, out):
     refuse_gradients(x, *base_weights)
     if not 1 <= len(base_weights) <= MOST_LINEARS:
         raise ValueError(f"{len(base_weights)} base weights were given; one launch takes 1 to {MOST_LINEARS}")
-    if x.dim() != 2 or len(x) != tiles.tokens or x.stride(1) != 1:
+    if x.dim() != 2 or x.shape[0] != tiles.tokens or x.stride(1) != 1:
         raise ValueError(
             f"x is {list(x.shape)} with strides {x.stride()}, needs [{tiles.tokens}, I] (the tokens of the routing) with "
             "contiguous rows"
@@ -155,7 +155,7 @@ def _check(x, base_weights, h, b, tiles, out):
                 f"a b is {part.dtype} {list(part.shape)} with strides {part.stride()}; its rows must be contiguous and a multiple "
                 "of 16 bytes"
             )
-    widths = [len(w) for w in base_weights]
+    widths = [w.shape[0] for w in base_weights]
     if h.dtype != x.dtype or out.dtype != x.dtype:
         raise ValueError(f"x is {x.dtype}, h {h.dtype} and out {out.dtype}: they must agree")
     if out.dim() != 2 or out.shape[1] != sum(widths):

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from adafuse.costs import CROWD_TOKENS
-from adafuse.integrations.vllm.op import Group, Room, Routing, Shape, add_by_kernels, chosen_of, tiles, view
+from adafuse.integrations.vllm.op import Group, Room, Routing, Shape, add_by_kernels, chosen_of, gates_of, tiles, view
 from adafuse.ops.batch import shrink_tiles
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import decode
@@ -21,35 +21,40 @@ from adafuse.ops.ranks import copies_of_h
 ALIGNED = 4  # int32: kernels are compiled once more for what begins elsewhere than on 16 bytes
 
 
-def linear_by_kernels(x, weight, a, b, routing: Routing, room: Room, row: int, decision: int, shape: Shape):
+def linear_by_kernels(x, weight, a, b, routing: Routing, room: Room, decision: int, shape: Shape):
     """`adapted_linear` in the form that is expected to be cheapest. No host sync: safe inside a CUDA graph.
 
-    x [T, I], weight [O_1 + ... + O_M, I]; for each linear a [R, I] and b [R, O_m], all of one dtype. row: the layer's, of
-    `room`. decision: which of the routing's the layer's block follows.
+    x [T, I], weight [O_1 + ... + O_M, I]; for each linear a [R, I] and b [R, O_m], all of one dtype. room: the layer's.
+    decision: which of the routing's the layer's block follows.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
-    group = Group.of(x, b, shape)
-    weights, form = weight.split(group.widths), group.form(len(x))
+    group, tokens = Group.of(x, b, shape), x.shape[0]
+    form = group.form(tokens)
     if form == "decode":
-        return _decode(x, weights, a, b, chosen_of(routing, decision, len(x), shape), room.h[row])
+        return _decode(x, weight, a, b, group, chosen_of(routing, decision, tokens, shape), room.h)
     if form == "crowd":
-        gates = view(routing.gates, shape.decisions, len(x), shape.num_experts + 1)[decision]
-        return _crowd(x, weights, a, b, gates, group, room.flags[row])
-    if form != "tiles" and len(b) <= MOST_LINEARS and all(map(readable, (*weights, *b))):
-        found = tiles(routing, decision, len(x), shape)
-        return _matmul(x, weights, a, b, found) if form == "matmul" else linear_gated(x, weight, a, b, found)
+        return _crowd(x, weight, a, b, group, gates_of(routing, decision, tokens, shape), room.flags)
+    if form != "tiles" and _has_descriptors(group, weight, *b):
+        found = tiles(routing, decision, tokens, shape)
+        return _matmul(x, weight, a, b, group, found) if form == "matmul" else linear_gated(x, weight, a, b, found)
     y = torch.nn.functional.linear(x, weight)
     add_by_kernels(y, x, a, b, group.columns, routing, decision, shape)
     return y
 
 
-def _decode(x, weights, a, b, chosen, h):
-    h = view(h, copies_of_h(chosen.active), len(x), len(a), chosen.active)
-    return decode(x, weights, _output(x, weights), banks_a=tuple(a), banks_b=tuple(b), chosen=chosen, h=h)
+def _has_descriptors(group, weight, *b):
+    """Whether tensor descriptors can read the base's weights and the b. The rows of a linear's weights begin where those of all do."""
+    return len(b) <= MOST_LINEARS and readable(weight) and all(map(readable, b))
 
 
-def _crowd(x, weights, a, b, gates, group, flags):
-    tokens, modules, shape = len(x), len(weights), group.shape
+def _decode(x, weight, a, b, group, chosen, h):
+    h = view(h, copies_of_h(chosen.active), x.shape[0], len(a), chosen.active)
+    weights = weight.split(group.widths)
+    return decode(x, weights, _output(x, weight), banks_a=tuple(a), banks_b=tuple(b), chosen=chosen, h=h)
+
+
+def _crowd(x, weight, a, b, group, gates, flags):
+    tokens, modules, shape = x.shape[0], len(b), group.shape
     cut = _cut(group, tokens, processors(x))
     scratch = {
         "h": x.new_empty(cut.h_shape(tokens, modules, shape.ranks)),
@@ -57,15 +62,16 @@ def _crowd(x, weights, a, b, gates, group, flags):
         "flags": flags[: cut.num_flags(tokens, modules, shape.ranks)],
     }
     banks = {"banks_a": a, "banks_b": b, "gates": gates, "r": shape.r}
-    return crowd(x, weights, _output(x, weights), **banks, **scratch, cut=cut)
+    return crowd(x, weight.split(group.widths), _output(x, weight), **banks, **scratch, cut=cut)
 
 
-def _matmul(x, weights, a, b, found):
-    return matmul_tiles(x, weights, shrink_tiles(x, tuple(a), found), tuple(b), found, _output(x, weights))
+def _matmul(x, weight, a, b, group, found):
+    h = shrink_tiles(x, tuple(a), found)
+    return matmul_tiles(x, weight.split(group.widths), h, tuple(b), found, _output(x, weight))
 
 
-def _output(x, weights):
-    return x.new_empty(len(x), sum(len(w) for w in weights))
+def _output(x, weight):
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @cache

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from adafuse.costs import Device
-from adafuse.integrations.vllm.op import Group
+from adafuse.integrations.vllm.op import Group, Room
 from adafuse.integrations.vllm.routing import Step
 from adafuse.ops.appended import append
 
@@ -58,16 +58,14 @@ class WholeMethod:
     def apply(self, layer, x, bias=None):
         adapter = layer.adafuse
         a, b, routing, room = (_buffers(layer, names) for names in adapter[:4])
-        y = torch.ops.adafuse.adapted_linear(
-            x, layer.weight, a, b, routing, room, adapter.row, adapter.decision, adapter.shape
-        )
+        y = torch.ops.adafuse.adapted_linear(x, layer.weight, a, b, routing, room, adapter.decision, adapter.shape)
         return y if bias is None else y + bias
 
 
 class Adapter(NamedTuple):
     """What a layer knows of its adapter: names of its buffers, and numbers.
 
-    columns: where the outputs of each piece begin. row: the layer's, of the room.
+    columns: where the outputs of each piece begin.
     """
 
     a: list[str]
@@ -75,7 +73,6 @@ class Adapter(NamedTuple):
     routing: list[str]
     room: list[str]
     columns: list[int]
-    row: int
     decision: int
     shape: list[int]
 
@@ -146,35 +143,39 @@ def _outputs(layer) -> tuple[list[int], list[int], list[int]]:
     raise ValueError(f"{type(layer).__name__} is a kind of linear whose sharding this version does not know")
 
 
-def adapt(layer: LinearBase, found: list[Piece], tensors: dict, step: Step, decision: int):
-    """Give `layer` its shard of the experts of the pieces in `found`, in the dtype of the activations.
+def adapt(layer: LinearBase, found: list[Piece], tensors: dict, step: Step, decision: int) -> int:
+    """Give `layer` its shard of the experts of the pieces in `found`, in the dtype of the activations; its number in the step.
 
     tensors: of each piece, by its place, the exchange tensors of its bank (experts_a [E, r, I], experts_b [E, O, r],
-    ...).
+    ...). Before it runs it must be given its room, when all layers have joined the step.
     """
-    shards = [_shard(tensors[piece.place], piece) for piece in found]
-    a, b = (
-        [part.to(step.device, step.h0.dtype, copy=True).contiguous() for part in parts]
-        for parts in zip(*shards, strict=True)
-    )
+    a, b = (list(parts) for parts in zip(*(_shard(tensors[piece.place], piece, step) for piece in found), strict=True))
     group = _group(layer, found, step)
     a = append(a[0], a[1:]) if group is None else _append(layer, a)
     names = [
         _register(layer, {f"{name}{n}": part for n, part in enumerate(parts)}) for name, parts in (("a", a), ("b", b))
     ]
-    row = step.join(group)
-    routing, room = (_register(layer, buffers._asdict()) for buffers in (step.routing, step.room))
-    columns = [piece.column for piece in found]
-    layer.adafuse = Adapter(*names, routing, room, columns, row, decision, list(step.shape))
+    routing, columns = _register(layer, step.routing._asdict()), [piece.column for piece in found]
+    layer.adafuse = Adapter(*names, routing, _names(Room._fields), columns, decision, list(step.shape))
     layer.quant_method = _adapted(layer.quant_method, AddedMethod if group is None else WholeMethod)
+    return step.join(group)
+
+
+def give_room(layer: LinearBase, room: Room):
+    """What `adapt` has left to do."""
+    _register(layer, room._asdict())
 
 
 def _register(layer, buffers: dict) -> list[str]:
     """The buffers' names in the layer."""
-    names = [f"adafuse_{name}" for name in buffers]
+    names = _names(buffers)
     for name, buffer in zip(names, buffers.values(), strict=True):
         layer.register_buffer(name, buffer, persistent=False)
     return names
+
+
+def _names(buffers) -> list[str]:
+    return [f"adafuse_{name}" for name in buffers]
 
 
 def _append(layer, a):
@@ -200,14 +201,19 @@ def _is_plain(layer, step) -> bool:
     return plain and layer.weight.dtype == step.h0.dtype and layer.weight.is_contiguous()
 
 
-def _shard(bank: dict, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [R, I] and B [R, O] of a piece: its columns and rows, the shared expert's ranks last."""
-    a = bank["experts_a"][..., piece.columns].flatten(0, 1)
-    b = bank["experts_b"][:, piece.rows].transpose(1, 2).flatten(0, 1)
+def _shard(bank: dict, piece: Piece, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [R, I] and B [R, O] of a piece, on the step's device: its columns and rows, the shared expert's ranks last."""
+
+    def there(tensor):
+        return tensor.to(step.device, step.h0.dtype)
+
+    a = there(bank["experts_a"][..., piece.columns]).flatten(0, 1)
+    b = there(bank["experts_b"][:, piece.rows]).transpose(1, 2).flatten(0, 1)
     if "shared_a" in bank:
-        a = torch.cat([a, bank["shared_a"][:, piece.columns]])
-        b = torch.cat([b, bank["shared_b"][piece.rows].T])
-    return a, b
+        a = torch.cat([a, there(bank["shared_a"][:, piece.columns])])
+        b = torch.cat([b, there(bank["shared_b"][piece.rows]).T])
+    # Its own memory: what was read may be a view of the file.
+    return tuple(part.clone(memory_format=torch.contiguous_format) for part in (a, b))
 
 
 def _adapted(method, mixin):

@@ -14,7 +14,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 
 from adafuse import checkpoint
 from adafuse.fingerprint import tensor_shapes
-from adafuse.integrations.vllm.linears import adapt, pieces, place
+from adafuse.integrations.vllm.linears import adapt, give_room, pieces, place
 from adafuse.integrations.vllm.names import DIGEST, FALLBACK, PREFIX, STEP
 from adafuse.integrations.vllm.routing import Step
 from adafuse.integrations.vllm.start import Served, check_engine, check_fallback, check_fingerprint, digest
@@ -105,13 +105,15 @@ def attach(model, served: Served, vllm_config: VllmConfig) -> Step:
     step = _step(print_, config, tensors, vllm_config)
     banks = {place(path): _bank(tensors, path) for path in print_["linears"]}
     shapes = {place(path): tuple(shape) for path, shape in print_["linears"].items()}
-    adapted = set()
+    adapted, numbers = set(), {}
     for path, layer, found in _linears(model, shapes):
         _check_shapes(path, found, shapes)
         decision = found[0].place[0] if step.shape.decisions > 1 else 0
-        adapt(layer, found, banks, step, decision)
+        numbers[layer] = adapt(layer, found, banks, step, decision)
         adapted |= {piece.place for piece in found}
     _check_all(served.adapter, shapes, adapted)
+    for layer, number in numbers.items():
+        give_room(layer, step.room_of(number))
     served.check_unchanged()
     return step
 

@@ -10,6 +10,7 @@ buffers of a `Step`, which stay where they are, so that a CUDA graph can hold th
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -26,10 +27,12 @@ _library.define(
     "add_delta(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, int[] columns, Tensor[] routing, int decision, "
     "int[] shape) -> ()"
 )
-# Functional for a graph, though programs of one launch hand things over in `room`: no other operation reads the layer's row.
+# Functional for a graph, though programs of one launch hand things over in `room`: no other operation reads the layer's. Nothing but
+# tensors tells a layer from the next: vLLM compiles all layers' graphs as one (llama-2-13b on an H200: 98 s with a number a layer, the bare
+# base 46 s).
 _library.define(
-    "adapted_linear(Tensor x, Tensor weight, Tensor[] a, Tensor[] b, Tensor[] routing, Tensor[] room, int row, "
-    "int decision, int[] shape) -> Tensor"
+    "adapted_linear(Tensor x, Tensor weight, Tensor[] a, Tensor[] b, Tensor[] routing, Tensor[] room, int decision, "
+    "int[] shape) -> Tensor"
 )
 
 
@@ -67,7 +70,7 @@ class Routing(NamedTuple):
 
 
 class Room(NamedTuple):
-    """The buffers in which programs of one launch hand things over, int32 [layers, of the one that needs most]: each layer has a row.
+    """The buffers in which programs of one launch hand things over, int32: a layer's, flat; of a step [layers, of the one that needs most].
 
     h: holds EMPTY before a launch of `ops.decode`. flags: hold 0 before one of `ops.crowd`.
     """
@@ -98,6 +101,7 @@ class Group(NamedTuple):
         """Where the outputs of each begin."""
         return [0, *accumulate(self.widths[:-1])]
 
+    @lru_cache(maxsize=4096)  # noqa: B019 - of tuples of numbers
     def form(self, tokens: int) -> str:
         """What computes so many tokens, by its key in `costs.FORMS`; "tiles" also for a few tokens of which `decode` is unfit."""
         layer = Layer(self.features, sum(self.widths), len(self.widths), appended=True)
@@ -115,10 +119,16 @@ class Group(NamedTuple):
 
 def view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
     """The first elements of a flat buffer, as a tensor of this shape."""
-    size = 1
-    for n in shape:
+    return part(buffer, 0, *shape)
+
+
+def part(buffer: torch.Tensor, decision: int, *shape: int) -> torch.Tensor:
+    """Those of one decision, of several that are as large and lie one behind the other. (In one call: each takes the host 2 us.)"""
+    size, strides = 1, []
+    for n in reversed(shape):
+        strides.append(size)
         size *= n
-    return buffer[:size].view(shape)
+    return buffer.as_strided(shape, strides[::-1], buffer.storage_offset() + decision * size)
 
 
 def few(tokens: int) -> bool:
@@ -132,7 +142,7 @@ def add_dense(y, x, a, b, columns, routing: Routing, decision: int, shape: Shape
     y [T, O], changed in place, x [T, I]; for each linear a [R, I] and b [R, O_m], of x's dtype, and the first of its
     columns in y. decision: which of the routing's decisions the linears' block follows.
     """
-    gates = view(routing.gates, shape.decisions, len(x), shape.num_experts + 1)[decision].to(x.dtype)
+    gates = gates_of(routing, decision, len(x), shape).to(x.dtype)
     mask = gates[:, :-1].repeat_interleave(shape.r, dim=1)
     if shape.shared_rank:
         mask = torch.cat([mask, gates[:, -1:].expand(-1, shape.shared_rank)], dim=1)
@@ -195,9 +205,13 @@ def chosen_of(routing: Routing, decision: int, tokens: int, shape: Shape):
     """The `ops.chosen.Chosen` of one decision of a step, as views of its buffers. The shared expert's scale is 1."""
     from adafuse.ops.chosen import Chosen
 
-    size = (shape.decisions, tokens, shape.top_k)
-    experts, weights = (view(buffer, *size)[decision] for buffer in (routing.experts, routing.weights))
+    experts, weights = (part(buffer, decision, tokens, shape.top_k) for buffer in (routing.experts, routing.weights))
     return Chosen(experts, weights, shape.num_experts, shape.r, shape.shared_rank, shared_scale=1.0)
+
+
+def gates_of(routing: Routing, decision: int, tokens: int, shape: Shape) -> torch.Tensor:
+    """[T, E + 1] fp32 of one decision of a step, as a view of its buffer."""
+    return part(routing.gates, decision, tokens, shape.num_experts + 1)
 
 
 def tiles(routing: Routing, decision: int, tokens: int, shape: Shape):
@@ -205,12 +219,11 @@ def tiles(routing: Routing, decision: int, tokens: int, shape: Shape):
     from adafuse.ops.layout import Tiles
 
     block_t, block_r, num_tiles, num_blocks = tile_counts(tokens, shape)
-    d = shape.decisions
     return Tiles(
-        order=view(routing.order, d, tokens)[decision],
-        gates=view(routing.gates, d, tokens, shape.num_experts + 1)[decision],
-        counts=view(routing.counts, d, num_tiles)[decision],
-        blocks=view(routing.blocks, d, num_tiles, num_blocks)[decision],
+        order=part(routing.order, decision, tokens),
+        gates=gates_of(routing, decision, tokens, shape),
+        counts=part(routing.counts, decision, num_tiles),
+        blocks=part(routing.blocks, decision, num_tiles, num_blocks),
         r=shape.r,
         shared_rank=shape.shared_rank,
         top_k=shape.top_k,
@@ -219,6 +232,7 @@ def tiles(routing: Routing, decision: int, tokens: int, shape: Shape):
     )
 
 
+@lru_cache(maxsize=4096)
 def tile_counts(tokens: int, shape: Shape) -> tuple[int, int, int, int]:
     """block_t, block_r, number of tiles and of rank blocks of a step of so many tokens."""
     from adafuse.ops.layout import tile_shape
@@ -239,15 +253,15 @@ def _add_on_cuda(y, x, a, b, columns, routing, decision, shape):
     add_by_kernels(y.view(-1, y.shape[-1]), _rows(x), a, b, columns, Routing(*routing), decision, Shape(*shape))
 
 
-def _linear_on_cpu(x, weight, a, b, routing, room, row, decision, shape):
+def _linear_on_cpu(x, weight, a, b, routing, room, decision, shape):
     return linear_dense(_rows(x), weight, a, b, Routing(*routing), decision, Shape(*shape)).view(*x.shape[:-1], -1)
 
 
-def _linear_on_cuda(x, weight, a, b, routing, room, row, decision, shape):
+def _linear_on_cuda(x, weight, a, b, routing, room, decision, shape):
     from adafuse.integrations.vllm.fused import linear_by_kernels
 
     step = Routing(*routing), Room(*room)
-    return linear_by_kernels(_rows(x), weight, a, b, *step, row, decision, Shape(*shape)).view(*x.shape[:-1], -1)
+    return linear_by_kernels(_rows(x), weight, a, b, *step, decision, Shape(*shape)).view(*x.shape[:-1], -1)
 
 
 def _linear_of_fakes(x, weight, *_):

@@ -5,6 +5,8 @@ Knows torch and the adapter's router, not vLLM. Nothing here waits for the devic
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 
 from adafuse.config import AdaFuseConfig
@@ -21,7 +23,7 @@ class Step:
     router: fp32, where the tokens are. max_tokens: of a step. max_requests: of a step. A request is adapted unless
     `set_bare` said otherwise; tokens that pad a step to a captured size are of no request and get no adapter.
     kernels: whether the linears run the Triton kernels (None: on a CUDA device) or the dense form; they read
-    different buffers. Each layer joins before the first step, and runs once in each.
+    different buffers. Each layer joins before the first is given its room, and runs once in each step.
     """
 
     def __init__(
@@ -38,8 +40,7 @@ class Step:
         self._token = torch.arange(max_tokens, dtype=torch.int32, device=device)
         self._kernels = device.type == "cuda" if kernels is None else kernels
         self.routing = self._buffers(device)
-        self.room = Room(*(torch.empty(0, 0, dtype=torch.int32, device=device) for _ in Room._fields))
-        self._groups = set()
+        self._groups: list[Group | None] = []  # of the layers
 
     def _buffers(self, device) -> Routing:
         d, tokens, shape = self.shape.decisions, self.max_tokens, self.shape
@@ -64,19 +65,43 @@ class Step:
         )
 
     def join(self, group: Group | None) -> int:
-        """A layer will read this step; its row of `room`.
+        """A layer will read this step; its number.
 
         group: what it computes, base and experts together; None: it adds its experts to what the base made.
         """
-        self._groups.add(group)
-        row = len(self.room.h)
-        if self._kernels and group is not None:
-            from adafuse.integrations.vllm.fused import room_of
-            from adafuse.ops.launch import processors
+        if "room" in vars(self):
+            raise ValueError("a layer joins a step whose room is given out already")
+        self._groups.append(group)
+        return len(self._groups) - 1
 
-            for buffer, size in zip(self.room, room_of(group, self.max_tokens, processors(self.h0)), strict=True):
-                buffer.resize_(row + 1, max(buffer.shape[1], size))  # the same tensor, which the layers before have
-        return row
+    @cached_property
+    def room(self) -> Room:
+        """Of all layers, a row each."""
+        sizes = [(0,) * len(Room._fields), *(self._needed(group) for group in self._kinds)]
+        layers = len(self._groups)
+        return Room(
+            *(
+                torch.zeros(layers, max(each), dtype=torch.int32, device=self.device)
+                for each in zip(*sizes, strict=True)
+            )
+        )
+
+    def room_of(self, layer: int) -> Room:
+        """A layer's own, when all have joined."""
+        return Room(*(buffer[layer] for buffer in self.room))
+
+    @cached_property
+    def _kinds(self) -> set[Group | None]:
+        return set(self._groups)
+
+    def _needed(self, group) -> tuple[int, ...]:
+        """How many int32 of each buffer of `Room`."""
+        if not self._kernels or group is None:
+            return (0,) * len(Room._fields)
+        from adafuse.integrations.vllm.fused import room_of
+        from adafuse.ops.launch import processors
+
+        return room_of(group, self.max_tokens, processors(self.h0))
 
     def set_bare(self, bare: list[bool]):
         """Which requests of the batch, by their place in it, use the base alone. One copy, without a wait."""
@@ -156,7 +181,7 @@ class Step:
         """How the layers read the routing of so many tokens: "chosen" (experts and weights), "gates", or "tiles"."""
         if not self._kernels:
             return {"gates"}
-        forms = {"tiles" if group is None else group.form(tokens) for group in self._groups}
+        forms = {"tiles" if group is None else group.form(tokens) for group in self._kinds}
         beside = "chosen" if few(tokens) else "tiles"
         return {{"decode": "chosen", "crowd": "gates"}.get(form, beside) for form in forms}
 
