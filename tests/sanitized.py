@@ -15,7 +15,7 @@ from adafuse.ops.matmul import matmul_tiles, readable
 from adafuse.ops.norm import add_norm, embed_norm, swiglu
 from adafuse.ops.pick import pick, room
 from adafuse.ops.ranks import EMPTY, copies_of_h
-from adafuse.ops.route import route
+from adafuse.ops.route import Requests, route
 from adafuse.ops.switch import Segment, SwitchTable, switch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU runs it in the interpreter, so that it does not rot
@@ -105,6 +105,10 @@ def a_route():
     route(h0, router, experts, weights, **options, **EARLY)
     inner = {"hidden": torch.randn(9, 63, device=DEVICE), "hidden_out": torch.empty(2, 9, device=DEVICE)}
     route(h0, torch.randn(21, 9, device=DEVICE), experts, weights, **options, **inner)
+    starts = torch.tensor([0, 1, 1], dtype=torch.int32, device=DEVICE)
+    load = torch.zeros(3, 7, dtype=torch.int64, device=DEVICE)
+    requests = Requests(starts, torch.ones(3, device=DEVICE), torch.empty(2, device=DEVICE), 0.5, load)
+    route(h0, router, experts, weights, **options, gates=torch.empty(3, 2, 8, device=DEVICE), requests=requests)
 
 
 def small_kernels(tokens, hidden, heads, kv_heads, dim, length):

@@ -142,8 +142,9 @@ def test_a_step_of_any_size_has_room(kernels):
         step.route(torch.randn(601, HIDDEN, device=DEVICE), spread(601, 0))
 
 
-def test_load_counts_real_tokens_of_adapted_requests():
-    step = make_step(kernels=False, decisions=1)
+@pytest.mark.parametrize("kernels", [False, True])
+def test_load_counts_real_tokens_of_adapted_requests(kernels):
+    step = make_step(kernels=kernels, decisions=1)
     step.set_bare([False, False, True, False])
     starts = torch.tensor([0, 3, 4, 9, 9], dtype=torch.int32, device=DEVICE)  # 3, 1, 5 and no tokens, then padding
     h0 = torch.randn(12, HIDDEN, device=DEVICE)

@@ -6,6 +6,8 @@ there the dozen small launches of plain PyTorch would cost as much as a linear.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,23 @@ from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import cdiv, launch_options, next_power_of_2, wait_for_inputs
 
 RMS_EPS = tl.constexpr(1e-6)
+
+
+class Requests(NamedTuple):
+    """Whose tokens a batch's are, and what each is to know of it.
+
+    starts [requests + 1] int32: where each request's tokens begin, then the number of all; tokens behind are of none. None: no token
+    is of a request. adapted [requests, or more] fp32: 1 for a request that has the adapter, else 0.
+
+    A token's weights are multiplied by that of its request, 0 if it has none; shared [T] fp32 becomes shared_scale times it, and so does
+    the last column of the gates. load [D, E] int64: grows by 1 for each expert that a token of an adapted request chose.
+    """
+
+    starts: torch.Tensor | None
+    adapted: torch.Tensor
+    shared: torch.Tensor
+    shared_scale: float
+    load: torch.Tensor
 
 
 def route_ref(h0, weight, *, num_experts, top_k, scale, hidden=None):
@@ -62,23 +81,44 @@ def _logits_kernel(
 
 
 @triton.jit
+def _adapted(starts, adapted, requests, token):
+    """That of the token's request; 0 if it has none."""
+    n = tl.arange(0, 128)
+    before = 0  # requests that end at or before the token
+    for first in range(0, requests, 128):
+        end = tl.load(starts + 1 + first + n, mask=first + n < requests, other=2147483647)
+        before += tl.sum((end <= token).to(tl.int32), 0)
+    return tl.load(adapted + before, mask=before < requests, other=0.0)
+
+
+@triton.jit(do_not_specialize=["requests"])
 def _choose_kernel(
     logits,
     experts,
     weights,
     gates,
+    starts,
+    adapted,
+    shared,
+    load,
+    requests,
     scale,
+    shared_scale,
     D: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GATES: tl.constexpr,
+    REQUESTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A program: one decision for one token. Grid (D, T)."""
     decision, token, tokens = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     wait_for_inputs(PDL)
+    if REQUESTS:
+        share = _adapted(starts, adapted, requests, token)
+        scale *= share
     e = tl.arange(0, BLOCK_E)
     z = tl.load(logits + (token * D + decision) * E + e, mask=e < E, other=float("-inf"))
     p = tl.exp(z - tl.max(z, 0))
@@ -99,24 +139,33 @@ def _choose_kernel(
     where = (decision * tokens + token) * K + k
     tl.store(experts + where, chosen, mask=k < K)
     tl.store(weights + where, kept * scale, mask=k < K)
+    gate = gates + (decision * tokens + token) * (E + 1) if GATES else gates
     if GATES:
-        tl.store(gates + (decision * tokens + token) * (E + 1) + e, by_expert * scale, mask=e < E)
+        tl.store(gate + e, by_expert * scale, mask=e < E)
+    if REQUESTS:
+        if GATES:
+            tl.store(gate + E, shared_scale * share)
+        if decision == 0:
+            tl.store(shared + token, shared_scale * share)
+        one = tl.full([BLOCK_K], 1, tl.int64)
+        tl.atomic_add(load + decision * E + chosen, one, mask=k < tl.where(share > 0, K, 0), sem="relaxed")
 
 
 def route(
-    h0, weight, experts, weights, *, num_experts, scale, logits, hidden=None, hidden_out=None, gates=None, pdl=False
+    h0, weight, experts, weights, *, num_experts, scale, logits, hidden=None, hidden_out=None, gates=None, requests: Requests | None = None,
+    pdl=False,
 ):  # fmt: skip
     """Write the routing of the tokens h0 [T, H] into experts [D, T, K] int32 and weights [D, T, K] fp32 (times `scale`).
 
-    gates [D, T, E + 1] fp32: the same by expert, 0 where not chosen; the last column, the shared expert's, is left as it is.
-
+    gates [D, T, E + 1] fp32: the same by expert, 0 where not chosen; the last column, the shared expert's, is left as it is, unless there
+    are requests.
     weight [D * E, H or router_hidden] and hidden [router_hidden, H]: the router's, of any dtype that a model may have been cast to;
     sums are in fp32. logits [T, D * E] and hidden_out [T, router_hidden], fp32: room to work in. No host sync, no allocation: safe
     inside a CUDA graph.
     """
     refuse_gradients(h0, weight, *([] if hidden is None else [hidden]))
     decisions, tokens, top_k = experts.shape
-    _check(h0, weight, experts, weights, logits, num_experts, hidden, hidden_out, gates)
+    _check(h0, weight, experts, weights, logits, num_experts, hidden, hidden_out, gates, requests)
     x, norm = h0, True
     if hidden is not None:
         _rows_times(x, hidden, hidden_out, norm=True, silu=True, pdl=pdl)
@@ -128,16 +177,27 @@ def route(
             experts,
             weights,
             gates,
+            *_of_requests(requests),
             scale,
+            requests.shared_scale if requests else 0.0,
             D=decisions,
             E=num_experts,
             K=top_k,
             BLOCK_E=next_power_of_2(num_experts),
             BLOCK_K=next_power_of_2(top_k),
             GATES=gates is not None,
+            REQUESTS=requests is not None,
             num_warps=1,
             **launch_options(pdl),
         )
+
+
+def _of_requests(requests):
+    """What the kernel takes of them, and their number."""
+    if requests is None:
+        return None, None, None, None, 0
+    starts = requests.starts
+    return starts, requests.adapted, requests.shared, requests.load, 0 if starts is None else starts.shape[0] - 1
 
 
 def _rows_times(x, weight, out, *, norm, silu, pdl):
@@ -160,7 +220,7 @@ def _rows_times(x, weight, out, *, norm, silu, pdl):
         )
 
 
-def _check(h0, weight, experts, weights, logits, num_experts, hidden, hidden_out, gates):
+def _check(h0, weight, experts, weights, logits, num_experts, hidden, hidden_out, gates, requests):
     decisions, tokens, _ = experts.shape
     inner = h0.shape[1] if hidden is None else len(hidden)
     expected = {
@@ -174,6 +234,13 @@ def _check(h0, weight, experts, weights, logits, num_experts, hidden, hidden_out
     if hidden is not None:
         expected["hidden"] = (hidden, (inner, h0.shape[1]), hidden.dtype)
         expected["hidden_out"] = (hidden_out, (tokens, inner), torch.float32)
+    if requests is not None:
+        starts, adapted, shared, _, load = requests
+        expected["shared"] = (shared, (tokens,), torch.float32)
+        expected["load"] = (load, (decisions, num_experts), torch.int64)
+        if starts is not None:
+            expected["starts"] = (starts, (starts.numel(),), torch.int32)
+            expected["adapted"] = (adapted, (max(adapted.numel(), starts.numel() - 1),), torch.float32)
     for name, (tensor, shape, dtype) in expected.items():
         if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != h0.device:
             raise ValueError(

@@ -14,7 +14,7 @@ from adafuse.costs import CROWD_TOKENS
 from adafuse.integrations.vllm.op import Group, Room, Routing, Shape, few, tile_counts, view
 from adafuse.router import Router
 
-ROUTE_TOKENS = 64  # up to here the two launches of `ops.route` are quicker than a dozen of PyTorch
+ROUTE_TOKENS = 64  # up to here the two launches of `ops.route` are quicker than two dozen of PyTorch
 
 
 class Step:
@@ -123,16 +123,15 @@ class Step:
             )
         d, k = self.shape.decisions, self.shape.top_k
         experts, weights = (view(buffer, d, tokens, k) for buffer in (self.routing.experts, self.routing.weights))
-        active = self._active(tokens, starts)
-        self._choose(h0, experts, weights)
-        weights.mul_(active[:, None])
-        torch.mul(active, self.config.shared_scale, out=view(self.routing.shared, tokens))
-        self._count(experts, active)
-        read = self._read(tokens)
+        read, shared = self._read(tokens), view(self.routing.shared, tokens)
+        if self._kernels and tokens <= ROUTE_TOKENS:
+            self._choose_by_kernels(h0, experts, weights, shared, starts, "gates" in read)
+        else:
+            self._choose(h0, experts, weights, shared, starts)
+            if "gates" in read and "tiles" not in read:
+                self._write_gates(experts, weights)
         if "tiles" in read:
             self._write_tiles(experts, weights)
-        elif "gates" in read:
-            self._write_gates(experts, weights)
         if self._kernels and tokens <= CROWD_TOKENS:
             self._empty_room()
         buffer = self.h0[:tokens]
@@ -148,16 +147,16 @@ class Step:
         adapted = self.adapted[request.clamp_(max=self.max_requests).long()]
         return adapted * (token < starts[-1])
 
-    def _choose(self, h0, experts, weights):
-        if self._kernels and len(h0) <= ROUTE_TOKENS:
-            self._choose_by_kernel(h0, experts, weights)
-            return
-        routing = self.router(h0[None])
+    def _choose(self, h0, experts, weights, shared, starts):
+        active, routing = self._active(len(h0), starts), self.router(h0[None])
         experts.copy_(routing.experts[0].movedim(1, 0))
-        torch.mul(routing.weights[0].movedim(1, 0), self.config.scale, out=weights)
+        torch.mul(routing.weights[0].movedim(1, 0), self.config.scale * active[:, None], out=weights)
+        torch.mul(active, self.config.shared_scale, out=shared)
+        self._count(experts, active)
 
-    def _choose_by_kernel(self, h0, experts, weights):
-        from adafuse.ops.route import route
+    def _choose_by_kernels(self, h0, experts, weights, shared, starts, with_gates):
+        """The same, and the gates, in two launches."""
+        from adafuse.ops.route import Requests, route
 
         router, rows = self.router, {"dtype": torch.float32, "device": h0.device}
         hidden = None if router.hidden is None else router.hidden.weight
@@ -171,6 +170,8 @@ class Step:
             logits=torch.empty(len(h0), len(router.weight), **rows),
             hidden=hidden,
             hidden_out=None if hidden is None else torch.empty(len(h0), len(hidden), **rows),
+            gates=view(self.routing.gates, *experts.shape[:2], router.num_experts + 1) if with_gates else None,
+            requests=Requests(starts, self.adapted, shared, self.config.shared_scale, self.load),
         )
 
     def _count(self, experts, active):
