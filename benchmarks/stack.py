@@ -307,13 +307,13 @@ class Batch(Banks):
 
         return launch
 
-    def _gated(self, tiles, _):
+    def _gated(self, tiles, _, **given):
         """As in vLLM: the a behind the weights."""
         found = tiles()
 
         def launch(step, block, index, group, x, y):
             weight, *a = self.appended[block][index]
-            linear_gated(x, weight, a, self.b[block][index], found, out=y)
+            linear_gated(x, weight, a, self.b[block][index], found, out=y, **given)
 
         return launch
 

@@ -61,7 +61,16 @@ EXPAND = (
 )
 BATCH = {
     "tiles": ({}, {"block_t": 64}),
-    "gated": ({}, {"block_t": 128}, {"block_r": 16}),
+    "gated": (
+        {},
+        {"in_order": True},
+        {"in_order": True, "pdl": True},
+        {"in_order": True, "pdl": True, "early": False},
+        {"in_order": True, "pdl": True, "block_t": 128},
+        {"in_order": True, "pdl": True, "block_r": 128},
+        {"in_order": True, "pdl": True, "block_o": 64},
+        {"in_order": True, "pdl": True, "num_stages": 4},
+    ),
     "matmul": ({}, {"group": 8}, {"num_stages": 4}, {"block_o": 128}),
 }
 PRISTINE = tuple(Tile(stagger=n) for n in (0, 1, 5))

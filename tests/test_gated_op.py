@@ -1,5 +1,7 @@
 """The expand of an h of all ranks, and weights with A appended, against a float64 loop over tokens and experts."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -34,6 +36,12 @@ def check(kind, size, features, outputs, dtype, run=expand_gated, in_place=False
 def test_one_linear(kind, size):
     dtype = [torch.float32, torch.float16, torch.bfloat16][(ROUTINGS.index(kind) + SIZES.index(size)) % 3]
     check(kind, size, 64, (72,), dtype)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_tokens_as_they_come(size):
+    dtype = [torch.float32, torch.float16, torch.bfloat16][SIZES.index(size) % 3]
+    check("zipf", size, 64, (72, 24), dtype, run=partial(expand_gated, in_order=True))
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
@@ -120,5 +128,6 @@ def test_bad_arguments_are_refused():
     ids=str,
 )
 @pytest.mark.parametrize(("features", "outputs"), [(1024, (1024, 256, 256)), (1000, (1000,)), (2816, (1032,))], ids=str)
-def test_large_sizes_on_the_gpu(dtype, size, features, outputs):
-    check("uniform", size, features, outputs, dtype)
+@pytest.mark.parametrize("in_order", [False, True])
+def test_large_sizes_on_the_gpu(dtype, size, features, outputs, in_order):
+    check("uniform", size, features, outputs, dtype, run=partial(expand_gated, in_order=in_order))

@@ -20,30 +20,30 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from adafuse.ops.appended import whole
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import cdiv, dot, next_power_of_2
+from adafuse.ops.launch import cdiv, dot, launch_options, next_power_of_2
 from adafuse.ops.layout import ROUTING, Tiles
 from adafuse.ops.matmul import MOST_LINEARS, columns_of, readable
 
 
-def linear_gated(x, weight, a, b, tiles: Tiles, out=None):
+def linear_gated(x, weight, a, b, tiles: Tiles, out=None, **given):
     """x @ weight.T and what the experts add to it: out [T, O_1 + ... + O_M], allocated if not given.
 
     x [T, I], weight [O_1 + ... + O_M, I]; for each linear of the group a [R, I] and b [R, O_m]. One matmul of the vendor's if the a lie
-    behind the weight (`appended`), else two. Other conditions as of `expand_gated`.
+    behind the weight (`appended`), else two. Other conditions, and keywords, as of `expand_gated`.
     """
     matrix = whole(weight, a)
     if matrix is None:
-        return add_gated(torch.mm(x, weight.T, out=out), x, a, b, tiles)
+        return add_gated(torch.mm(x, weight.T, out=out), x, a, b, tiles, **given)
     outputs = weight.shape[0]
     y, h = torch.nn.functional.linear(x, matrix).split([outputs, matrix.shape[0] - outputs], dim=1)
-    return expand_gated(y, h, b, tiles, out)
+    return expand_gated(y, h, b, tiles, out, **given)
 
 
-def add_gated(y, x, a, b, tiles: Tiles):
+def add_gated(y, x, a, b, tiles: Tiles, **given):
     """y [T, O_1 + ... + O_M], changed in place, plus what the experts add. Arguments as of `linear_gated`."""
     matrix = whole(a[0], a[1:])
     h = torch.cat([x @ part.T for part in a], dim=1) if matrix is None else x @ matrix.T
-    return expand_gated(y, h, b, tiles, y)
+    return expand_gated(y, h, b, tiles, y, **given)
 
 
 def expand_gated_ref(y, h, b, tiles, out):
@@ -81,9 +81,12 @@ def _expand_gated_kernel(
     y, h, b0, b1, b2, out, order, gates, counts, blocks, T, stride_y, stride_h, stride_out,
     widths: tl.constexpr, R: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, LISTED: tl.constexpr,
-    STAGES: tl.constexpr, EARLY: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr, SORTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of columns, of all linears in turn; tiles of tokens). EARLY: y is asked for before the sum over the ranks."""
+    """Grid (blocks of columns, of all linears in turn; tiles of tokens). EARLY: y is asked for before the sum over the ranks.
+
+    SORTED: tiles of sorted tokens, and the rank blocks that each needs; else of tokens as they come, and all blocks.
+    """
     if len(widths) == 1:
         b = (b0,)
     elif len(widths) == 2:
@@ -93,10 +96,15 @@ def _expand_gated_kernel(
     _, part, linear, block, column, width = columns_of(tl.program_id(0), b, b, widths, BLOCK_O)
     tile = tl.program_id(1)
     t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-    token = tl.load(order + t, mask=t < T, other=0).to(tl.int64)
-    # Listed here, since in the loop the addresses of h and B would wait for a load, which costs it a stage.
-    count, n = tl.load(counts + tile), tl.arange(0, LISTED)
-    listed = tl.load(blocks + tile * NUM_BLOCKS + n, mask=n < NUM_BLOCKS, other=0)
+    if SORTED:
+        token = tl.load(order + t, mask=t < T, other=0).to(tl.int64)
+        # Listed here, since in the loop the addresses of h and B would wait for a load, which costs it a stage.
+        count, n = tl.load(counts + tile), tl.arange(0, LISTED)
+        listed = tl.load(blocks + tile * NUM_BLOCKS + n, mask=n < NUM_BLOCKS, other=0)
+    else:
+        token, count = tl.minimum(t, T - 1).to(tl.int64), NUM_BLOCKS
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # for y and h
     h_row, gate_row = h + token * stride_h + linear * R, gates + token * (E + 1)
     o = block * BLOCK_O + tl.arange(0, BLOCK_O)
     inside = (t < T)[:, None] & (o < width)[None, :]
@@ -106,7 +114,8 @@ def _expand_gated_kernel(
     else:
         acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
     for step in tl.range(0, count, num_stages=STAGES):
-        first = tl.sum(tl.where(n == step, listed, 0), 0) * BLOCK_R
+        block_of_step = tl.sum(tl.where(n == step, listed, 0), 0) if SORTED else step
+        first = block_of_step * BLOCK_R
         rank = first + tl.arange(0, BLOCK_R)
         if R % BLOCK_R == 0:
             h_tile = tl.load(h_row[:, None] + rank[None, :])
@@ -122,13 +131,27 @@ def _expand_gated_kernel(
 # --- launcher -------------------------------------------------------------------------------------------------------------
 
 
-def expand_gated(y, h, b, tiles: Tiles, out=None, *, block_o=None, num_warps=None, num_stages=None, early=None):
+def expand_gated(
+    y,
+    h,
+    b,
+    tiles: Tiles,
+    out=None,
+    *,
+    block_o=None,
+    num_warps=None,
+    num_stages=None,
+    early=None,
+    in_order=False,
+    pdl=False,
+):
     """out[t, column(m) + o] = y[t, column(m) + o] + sum_rank mask[t, rank] h[t, m R + rank] b_m[rank, o].
 
     y [T, O_1 + ... + O_M] and h [T, M R], not masked, tokens in their own order, may be columns of one product (rows lie apart);
     b: for each linear of the group, three at most, [R, O_m], `readable`; out [T, O_1 + ... + O_M], rows may lie apart, may be y;
     allocated if not given. All of one dtype: bf16, fp16 or fp32. h times its weight is rounded to that dtype; summed in fp32 and
-    rounded once. The remaining keywords are the kernel's block sizes; they default by shape. Safe inside a CUDA graph.
+    rounded once. in_order: tokens as they come, all ranks; nothing of the layout is read but its gates. The remaining keywords are the
+    kernel's block sizes; they default by shape. Safe inside a CUDA graph.
     """
     b = tuple(b)
     out = y.new_empty(y.shape) if out is None else out
@@ -145,7 +168,7 @@ def expand_gated(y, h, b, tiles: Tiles, out=None, *, block_o=None, num_warps=Non
             y.stride(0), h.stride(0), out.stride(0),
             widths=widths, R=tiles.rank, E=tiles.num_experts, RANK=tiles.r, NUM_BLOCKS=tiles.num_blocks,
             BLOCK_T=tiles.block_t, BLOCK_R=tiles.block_r, BLOCK_O=block_o, LISTED=next_power_of_2(tiles.num_blocks),
-            STAGES=num_stages, EARLY=early, num_warps=num_warps, num_stages=num_stages,
+            STAGES=num_stages, EARLY=early, SORTED=not in_order, num_warps=num_warps, num_stages=num_stages, **launch_options(pdl),
         )  # fmt: skip
     return out
 
