@@ -14,7 +14,9 @@ from adafuse.costs import CROWD_TOKENS
 from adafuse.integrations.vllm.op import Group, Room, Routing, Shape, few, tile_counts, view
 from adafuse.router import Router
 
-ROUTE_TOKENS = 64  # up to here the two launches of `ops.route` are quicker than two dozen of PyTorch
+# Up to so many tokens, or so many rows of the router times tokens, the launches of `ops.route` are taken to be quicker than two dozen of
+# PyTorch: they read a token's h0 for each row anew.
+ROUTE_TOKENS, ROUTE_ROWS = 64, 1 << 16
 
 
 class Step:
@@ -124,7 +126,7 @@ class Step:
         d, k = self.shape.decisions, self.shape.top_k
         experts, weights = (view(buffer, d, tokens, k) for buffer in (self.routing.experts, self.routing.weights))
         read, shared = self._read(tokens), view(self.routing.shared, tokens)
-        if self._kernels and tokens <= ROUTE_TOKENS:
+        if self._kernels and (tokens <= ROUTE_TOKENS or tokens * self._rows <= ROUTE_ROWS):
             self._choose_by_kernels(h0, experts, weights, shared, starts, "gates" in read)
         else:
             self._choose(h0, experts, weights, shared, starts)
@@ -137,6 +139,12 @@ class Step:
         buffer = self.h0[:tokens]
         buffer.copy_(h0)
         return buffer
+
+    @cached_property
+    def _rows(self) -> int:
+        """Of the router, or of its hidden layer."""
+        hidden = self.router.hidden
+        return max(len(self.router.weight), 0 if hidden is None else len(hidden.weight))
 
     def _active(self, tokens, starts):
         """[T] fp32: 1 for the tokens of adapted requests, else 0."""
