@@ -38,7 +38,7 @@ from whole_models import EXPERTS, TINY, TOP_K, adapted, base_model
 SHAPES["tiny"] = {**TINY, "hidden_size": 128}  # heads of 32, the least that vLLM has on a CPU
 LORAS = 8
 START = 480  # seconds
-# The last three say where a difference comes from: vLLM's first model runner, which `ours` needs, or the part that follows the batch.
+# The last three say where a difference comes from: vLLM's first model runner, which `ours` takes, or the part that follows the batch.
 SERVERS = ("backbone", "ours", "multilora", "backbone_first_runner", "ours_adapted_only", "ours_second_runner")
 BLOCK = 16  # tokens of a block of keys and values
 # Tokens of a step up to which vLLM captures graphs by itself, if it takes 256 requests or more. For fewer it would capture twice their
@@ -204,7 +204,7 @@ def servers(options, folder, r) -> dict[str, Server]:
         "multilora": Server([*plain, *more], loras, {}),
         "backbone_first_runner": Server(plain, ["plain"], runner[0]),
         "ours_adapted_only": Server([*ours, *alone, *shared], ["tuned"], runner[0]),
-        "ours_second_runner": Server([*ours, *alone, *shared], ["tuned"], runner[1]),
+        "ours_second_runner": Server([*ours, *shared], ["tuned"], runner[1]),
     }
     return {label: found[label] for label in SERVERS if label in ("backbone", *options.servers)}
 

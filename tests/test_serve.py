@@ -5,6 +5,7 @@ None of this needs vLLM.
 import asyncio
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from adafuse import serve as serve_module
 from adafuse.integrations.vllm.middleware import ModelNames, rewrite
 from adafuse.integrations.vllm.start import Served, digest, llm_options
 from adafuse.serve import server_arguments
+
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 def save(tmp_path, name, **settings):
@@ -187,17 +190,18 @@ def test_options_that_would_undo_it_are_refused(option, message, tmp_path):
         server_arguments(tmp_path, tmp_path, options=[option, "1"])
 
 
-def test_a_runner_that_does_not_tell_whose_tokens_are_run_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("runner", ["1", "0", None])
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_batch_is_followed_as_the_runner_lets_it(runner, alone, tmp_path, monkeypatch):
     base, adapter = save(tmp_path, "llama")
     monkeypatch.setattr(serve_module.importlib.util, "find_spec", lambda name: name)  # as if vLLM were there
     started = []
-    monkeypatch.setattr(serve_module, "_start", started.append)
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match="does not tell which request"):
-        serve_module.run_server(adapter, base)
-    assert not started
-    serve_module.run_server(adapter, base, adapted_only=True, load_interval=0)
-    assert len(started) == 1
+    monkeypatch.setattr(serve_module, "_start", lambda arguments: started.extend([*arguments, os.environ.get(RUNNER)]))
+    monkeypatch.setenv(RUNNER, runner) if runner else monkeypatch.delenv(RUNNER, raising=False)
+    serve_module.run_server(adapter, base, adapted_only=alone, load_interval=0)
+    by_logits = runner != "1" and not alone
+    assert ("--logits-processors" in started) == by_logits
+    assert started[-1] == ("0" if by_logits else runner)
 
 
 def test_it_cleans_up_when_told_to_stop(tmp_path, monkeypatch):

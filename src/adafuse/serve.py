@@ -51,8 +51,8 @@ def run_server(adapter, base=None, *, name=None, base_name=None, adapted_only=Fa
         load_interval=load_interval,
         options=options,
     )
-    if _follows(adapted_only, load_interval):
-        _choose_runner()
+    if _follows(adapted_only, load_interval) and not _second_runner():
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # it has the logits processor
     with tempfile.TemporaryDirectory(prefix="adafuse-metrics-") as metrics, _ended_in_order():
         # So that /metrics hears of the engine's processes too.
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics)
@@ -74,8 +74,8 @@ def server_arguments(
 ) -> list[str]:
     """The arguments of vLLM's server. ValueError if the adapter cannot be served, or an option would undo it."""
     options = list(options)
-    follows = _follows(adapted_only, load_interval)
-    _check_options(options, follows)
+    by_logits = _follows(adapted_only, load_interval) and not _second_runner()
+    _check_options(options, by_logits)
     folder = checkpoint.locate(adapter)
     base = base or checkpoint.read_description(folder)["base_model_name_or_path"]
     if not base:
@@ -89,7 +89,7 @@ def server_arguments(
         names.append(base_name or str(base))
     if len(set(names)) < len(names):
         raise ValueError(f"both models would be called {names[0]!r}; choose others with --name and --base-name")
-    if follows:
+    if by_logits:
         arguments += ["--logits-processors", "adafuse.integrations.vllm.requests:Requests"]
     if not _given(options, "--host"):
         arguments += ["--host", HOST]
@@ -101,21 +101,17 @@ def _follows(adapted_only, load_interval):
     return not adapted_only or load_interval > 0
 
 
-def _choose_runner():
-    """Of vLLM's two model runners the first: the second does not tell a plugin how the batch changes in front of a step."""
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0").lower() in ("1", "true"):
-        raise ValueError(
-            "VLLM_USE_V2_MODEL_RUNNER=1: the second model runner of vLLM does not tell which request a token is of; unset it, "
-            "or serve with --adapted-only --load-interval 0"
-        )
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+def _second_runner():
+    """Whether vLLM was told to take the second of its model runners, which asks a model to follow the batch (`integrations.vllm.state`).
+    The first tells logits processors."""
+    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "").lower() in ("1", "true")
 
 
-def _check_options(options, follows):
-    for option, instead in ({**OURS, "--logits-processors": ""} if follows else OURS).items():
+def _check_options(options, by_logits):
+    for option, instead in ({**OURS, "--logits-processors": ""} if by_logits else OURS).items():
         if _given(options, option):
             raise ValueError(f"{option} cannot be given to adafuse serve" + (f"; use {instead}" if instead else ""))
-    if follows and any(option.startswith(SPECULATIVE) for option in options):
+    if by_logits and any(option.startswith(SPECULATIVE) for option in options):
         raise ValueError(
             "speculative decoding: vLLM then does not tell which request a token is of; leave it out, or serve with "
             "--adapted-only --load-interval 0"

@@ -1,4 +1,6 @@
-"""On a GPU: the kernels behind the operation, eager and in CUDA graphs, few tokens and many, against HuggingFace in fp32."""
+"""On a GPU: the kernels behind the operation, eager and in CUDA graphs, few tokens and many, against HuggingFace in fp32. vLLM's two model
+runners, each with the part of the plugin that follows its batch.
+"""
 
 import pytest
 import tiny
@@ -9,20 +11,26 @@ from test_quantised import errors
 SETTINGS = {"shared_rank": 8, "r": 16, "num_experts": 8}
 
 
+def followed(runner, monkeypatch):
+    """Options of an engine on one of vLLM's runners that follows which requests are bare."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    return {"logits_processors": [REQUESTS]} if runner == "0" else {}
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("runner", ["0", "1"])
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
 @pytest.mark.parametrize(
     "settings", [SETTINGS, {**SETTINGS, "routing": "layer"}, {"r": 1, "num_experts": 64, "top_k": 16}]
 )
-def test_no_further_from_fp32_than_huggingface_in_bf16(eager, settings, tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+def test_no_further_from_fp32_than_huggingface_in_bf16(runner, eager, settings, tmp_path, monkeypatch):
     base = tiny.save_base("llama-wide", tmp_path / "base")
     adapter = tiny.save_adapter(base, tmp_path / "adapter", **settings)
     prompts, bare = tiny.prompts(24, 100), set(range(0, 24, 3))
     options = {
         "dtype": "bfloat16",
         "enforce_eager": eager,
-        "logits_processors": [REQUESTS],
+        **followed(runner, monkeypatch),
         "gpu_memory_utilization": 0.05,  # of a GPU that other tests use at the same time
         "kv_cache_memory_bytes": 1 << 28,  # else measured, which fails while they give memory back
     }
@@ -42,14 +50,14 @@ def test_no_further_from_fp32_than_huggingface_in_bf16(eager, settings, tmp_path
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_ranks_give_the_texts_of_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("runner", ["0", "1"])
+def test_two_ranks_give_the_texts_of_one(runner, tmp_path, monkeypatch):
     """In fp32, eager and in CUDA graphs; each against HuggingFace, and so one against the other."""
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     monkeypatch.setenv("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
     base = tiny.save_base("llama-wide", tmp_path / "base")
     adapter = tiny.save_adapter(base, tmp_path / "adapter", **SETTINGS)
     prompts, bare = tiny.prompts(), {2, 5}
-    options = {"dtype": "float32", "logits_processors": [REQUESTS], "gpu_memory_utilization": 0.05}
+    options = {"dtype": "float32", **followed(runner, monkeypatch), "gpu_memory_utilization": 0.05}
     models = [tiny.reference(base, None if place in bare else adapter) for place in range(len(prompts))]
     found = {}
     for ranks, eager in ((1, True), (2, True), (2, False)):

@@ -1,4 +1,4 @@
-"""load: how many tokens each expert was chosen for, as a log line at intervals and as a counter of Prometheus. Knows
+"""load: how many tokens each expert was chosen for, as a log line at intervals and as a counter of Prometheus. Imports
 torch, not vLLM.
 """
 
@@ -10,7 +10,15 @@ import time
 
 import torch
 
+from adafuse.integrations.vllm.names import INTERVAL
+
 logger = logging.getLogger("vllm.adafuse")  # below vLLM's own, which has a handler
+
+
+def report_of(vllm_config) -> LoadReport | None:
+    """That of the first rank, if the server asked for one."""
+    interval = getattr(vllm_config.model_config.hf_config, INTERVAL, 0)
+    return LoadReport(interval) if interval and vllm_config.parallel_config.rank == 0 else None
 
 
 class LoadReport:

@@ -52,6 +52,13 @@ class AdaptedModel:
         self.adafuse_step = attach(self, served, vllm_config)
         vllm_config.compilation_config.static_forward_context[STEP] = self.adafuse_step
 
+    def get_model_state_cls(self) -> type:
+        """Asked for by vLLM's second model runner."""
+        from adafuse.integrations.vllm.state import following
+
+        of_model = getattr(super(), "get_model_state_cls", None)
+        return following(of_model and of_model())
+
     # Not `forward`: some of vLLM's classes compile theirs, and the routing must run in front of what is compiled.
     def __call__(self, input_ids=None, positions=None, intermediate_tensors=None, inputs_embeds=None, **kwargs):
         h0 = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds

@@ -1,5 +1,5 @@
-"""requests: which requests of the running batch go without adapter. What vLLM calls a logits processor, since it is
-told, in front of each step and on the host, how the batch has changed. It leaves the logits alone.
+"""requests: which requests of the running batch go without adapter, with vLLM's first model runner. What vLLM calls a logits
+processor, since it is told, in front of each step and on the host, how the batch has changed. It leaves the logits alone.
 """
 
 from __future__ import annotations
@@ -7,8 +7,13 @@ from __future__ import annotations
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.interface import MoveDirectionality
 
-from adafuse.integrations.vllm.load import LoadReport
-from adafuse.integrations.vllm.names import BARE, INTERVAL, STEP
+from adafuse.integrations.vllm.load import report_of
+from adafuse.integrations.vllm.names import BARE, STEP
+
+
+def is_bare(params) -> bool:
+    """Whether a request, by its SamplingParams (None: it samples nothing), is for the base alone."""
+    return params is not None and bool((params.extra_args or {}).get(BARE, 0))
 
 
 class Requests(LogitsProcessor):
@@ -28,9 +33,7 @@ class Requests(LogitsProcessor):
     def __init__(self, vllm_config, device, is_pin_memory):
         self._layers = vllm_config.compilation_config.static_forward_context
         self._bare: dict[int, bool] = {}
-        first = vllm_config.parallel_config.rank == 0
-        interval = getattr(vllm_config.model_config.hf_config, INTERVAL, 0)
-        self._report = LoadReport(interval) if first and interval else None
+        self._report = report_of(vllm_config)
 
     def is_argmax_invariant(self) -> bool:
         return True
@@ -54,7 +57,7 @@ class Requests(LogitsProcessor):
         for place in update.removed:
             bare.pop(place, None)
         for place, params, *_ in update.added:
-            bare[place] = bool((params.extra_args or {}).get(BARE, 0)) if params is not None else False
+            bare[place] = is_bare(params)
         for one, other, direction in update.moved:
             moved = bare.pop(one, False)
             if direction == MoveDirectionality.SWAP:

@@ -111,6 +111,10 @@ class Step:
         rows = torch.tensor([0.0 if b else 1.0 for b in bare], dtype=torch.float32, pin_memory=pin)
         self.adapted[: len(bare)].copy_(rows, non_blocking=True)
 
+    def set_adapted(self, adapted: torch.Tensor):
+        """The same from the device: [requests] fp32, 1 for a request that has the adapter, else 0."""
+        self.adapted[: len(adapted)].copy_(adapted)
+
     @torch.no_grad()
     def route(self, h0: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
         """Decide for the tokens h0 [T, H], write the outcome, and return h0 in its buffer.
