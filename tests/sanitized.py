@@ -108,8 +108,9 @@ def a_route():
     route(h0, torch.randn(21, 9, device=DEVICE), experts, weights, **options, **inner)
     starts = torch.tensor([0, 1, 1], dtype=torch.int32, device=DEVICE)
     load = torch.zeros(3, 7, dtype=torch.int64, device=DEVICE)
-    requests = Requests(starts, torch.ones(3, device=DEVICE), torch.empty(2, device=DEVICE), 0.5, load)
-    route(h0, router, experts, weights, **options, gates=torch.empty(3, 2, 8, device=DEVICE), requests=requests)
+    for found in (starts, None):
+        requests = Requests(found, torch.ones(3, device=DEVICE), torch.empty(2, device=DEVICE), 0.5, load)
+        route(h0, router, experts, weights, **options, gates=torch.empty(3, 2, 8, device=DEVICE), requests=requests)
 
 
 def small_kernels(tokens, hidden, heads, kv_heads, dim, length):

@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from adafuse import checkpoint
-from adafuse.integrations.vllm.names import INTERVAL
+from adafuse.integrations.vllm.names import ALONE, INTERVAL
 from adafuse.integrations.vllm.start import llm_options
 
 HOST = "127.0.0.1"
@@ -81,7 +81,7 @@ def server_arguments(
     if not base:
         raise ValueError(f"{adapter} does not name its base model; pass --base")
     served = llm_options(base, folder)
-    overrides = {**served["hf_overrides"], INTERVAL: float(load_interval)}
+    overrides = {**served["hf_overrides"], INTERVAL: float(load_interval), ALONE: adapted_only}
     names = [name or Path(folder).resolve().name]
     arguments = ["--model", served["model"], "--hf-overrides", json.dumps(overrides)]
     if not adapted_only:

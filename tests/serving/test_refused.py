@@ -43,6 +43,13 @@ def test_settings_that_do_not_work_with_an_adapter(setting, message, folders):
         check_engine(EngineArgs(**arguments, **setting).create_engine_config())
 
 
+def test_graphs_that_would_hold_the_routing(folders, monkeypatch):
+    config = EngineArgs(**llm_options(*folders), dtype="float32", max_model_len=256).create_engine_config()
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    with pytest.raises(ValueError, match="set it to 0"):
+        check_engine(config)
+
+
 def start(base, **overrides):
     """An engine by overrides alone, without the checks of `llm_options`."""
     options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}

@@ -2,10 +2,11 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from adafuse.integrations.vllm.models import AdaptedModel
-from adafuse.integrations.vllm.names import BARE, INTERVAL
+from adafuse.integrations.vllm.names import ALONE, BARE, INTERVAL
 from adafuse.integrations.vllm.state import FollowsRequests, following
 
 REQUESTS = 4
@@ -34,12 +35,12 @@ class Step:
         self.adapted = adapted.tolist()
 
 
-def make(interval=0):
+def make(**overrides):
     model = SimpleNamespace(adafuse_step=Step())
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=REQUESTS),
         parallel_config=SimpleNamespace(rank=0),
-        model_config=SimpleNamespace(hf_config=SimpleNamespace(**{INTERVAL: interval})),
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(**overrides)),
     )
     return following(State)(config, model, None, model.adafuse_step.device), model.adafuse_step
 
@@ -64,6 +65,15 @@ def test_a_step_knows_its_requests_by_their_place_in_the_batch():
     assert step.adapted == [0.0, 1.0]
 
 
+@pytest.mark.parametrize(("overrides", "mark"), [({ALONE: True}, 1), ({}, "0"), ({}, 7)])
+def test_a_mark_that_counts_for_nothing(overrides, mark):
+    state, step = make(**overrides)
+    state.add_request(0, request({BARE: mark}))
+    state.apply_staged_writes()
+    state.prepare_inputs(batch(0), None)
+    assert step.adapted == [1.0]
+
+
 def test_a_place_is_used_again():
     state, step = make()
     state.add_request(1, request({BARE: 1}))
@@ -79,7 +89,7 @@ def test_a_place_is_used_again():
 
 def test_the_load_is_reported_where_it_is_asked_for():
     assert make()[0]._report is None
-    state, _ = make(interval=1e-9)
+    state, _ = make(**{INTERVAL: 1e-9})
     state.prepare_inputs(batch(0), None)
     assert state._report._copy is not None
 

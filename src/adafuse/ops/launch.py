@@ -1,7 +1,5 @@
 """What the launchers share: the interpreter, programmatic dependent launch, the device's size."""
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -37,28 +35,18 @@ def can_launch(tensor: torch.Tensor) -> bool:
 
 def processors(tensor: torch.Tensor) -> int:
     """Multiprocessors of the tensor's device; an H100's for the interpreter."""
-    return _processors(tensor.device) if tensor.is_cuda else 132
-
-
-@cache
-def _processors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
-def _capability(device):
-    return torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
 
 
 def since_hopper(tensor: torch.Tensor) -> bool:
     """Whether the tensor's device has what came with Hopper (compute capability 9.0): programmatic dependent launch, and the
     instruction that asks for many bytes into the L2 cache."""
-    return tensor.is_cuda and _capability(tensor.device) >= (9, 0)
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
 
 
 def has_mma(tensor: torch.Tensor) -> bool:
     """Whether the tensor's device multiplies 16 x 16 by 16 x 8 numbers of bf16 at once (compute capability 8.0), or is interpreted."""
-    return INTERPRETED.value or (tensor.is_cuda and _capability(tensor.device) >= (8, 0))
+    return INTERPRETED.value or (tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (8, 0))
 
 
 @triton.jit

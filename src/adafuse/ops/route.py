@@ -177,7 +177,7 @@ def route(
             experts,
             weights,
             gates,
-            *_of_requests(requests),
+            *_of_requests(requests, experts),
             scale,
             requests.shared_scale if requests else 0.0,
             D=decisions,
@@ -192,12 +192,13 @@ def route(
         )
 
 
-def _of_requests(requests):
-    """What the kernel takes of them, and their number."""
+def _of_requests(requests, experts):
+    """What the kernel takes of them, and their number. Where there is none something is named that is not read: a loop that does not run is
+    compiled."""
     if requests is None:
         return None, None, None, None, 0
-    starts = requests.starts
-    return starts, requests.adapted, requests.shared, requests.load, 0 if starts is None else starts.shape[0] - 1
+    starts, count = (experts, 0) if requests.starts is None else (requests.starts, requests.starts.shape[0] - 1)
+    return starts, requests.adapted, requests.shared, requests.load, count
 
 
 def _rows_times(x, weight, out, *, norm, silu, pdl):

@@ -31,12 +31,16 @@ class LoadReport:
 
     def __init__(self, interval: float):
         self._interval, self._last = interval, time.monotonic()
+        self._begun = False
         self._seen = None  # [D, E] on the host: what was reported
         self._copy, self._copied = None, None
         self._counter = _counter()
 
     def tick(self, load: torch.Tensor):
-        """Called in front of each step."""
+        """Called in front of each step, first in front of the first request's: what was counted while warming up is forgotten."""
+        if not self._begun:
+            self._begun = True
+            load.zero_()
         if self._copy is not None:
             if self._copied is None or self._copied.query():
                 self._publish(self._copy)

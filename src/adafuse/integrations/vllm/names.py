@@ -19,5 +19,6 @@ DIGEST = "adafuse_digest"  # SHA-256 of its weights file when the server was sta
 BARE = "adafuse_bare"
 SALTS = {True: "bare:", False: "adapted:"}  # in front of the cache salts of requests without and with adapter
 
+ALONE = "adafuse_alone"  # a key of the overrides: whether the server answers for no base, whatever a request says
 INTERVAL = "adafuse_load_interval"  # a key of the overrides: seconds between reports of the experts' load
 STEP = "adafuse.step"  # where a model's Step is found, in the context that vLLM keeps for its layers

@@ -128,6 +128,8 @@ def part(buffer: torch.Tensor, decision: int, *shape: int) -> torch.Tensor:
     for n in reversed(shape):
         strides.append(size)
         size *= n
+    if (decision + 1) * size > buffer.numel():
+        raise ValueError(f"{list(shape)} of decision {decision} do not fit into a buffer of {buffer.numel()}")
     return buffer.as_strided(shape, strides[::-1], buffer.storage_offset() + decision * size)
 
 

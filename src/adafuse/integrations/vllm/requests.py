@@ -8,12 +8,19 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.interface import MoveDirectionality
 
 from adafuse.integrations.vllm.load import report_of
-from adafuse.integrations.vllm.names import BARE, STEP
+from adafuse.integrations.vllm.names import ALONE, BARE, STEP
 
 
-def is_bare(params) -> bool:
-    """Whether a request, by its SamplingParams (None: it samples nothing), is for the base alone."""
-    return params is not None and bool((params.extra_args or {}).get(BARE, 0))
+class Bare:
+    """Whether a request, by its SamplingParams (None: it samples nothing), is for the base alone. Never where the base is not served: its
+    keys and values would lie in the cache as the adapted model's.
+    """
+
+    def __init__(self, vllm_config):
+        self._never = bool(getattr(vllm_config.model_config.hf_config, ALONE, False))
+
+    def __call__(self, params) -> bool:
+        return not self._never and params is not None and (params.extra_args or {}).get(BARE, 0) == 1
 
 
 class Requests(LogitsProcessor):
@@ -33,6 +40,7 @@ class Requests(LogitsProcessor):
     def __init__(self, vllm_config, device, is_pin_memory):
         self._layers = vllm_config.compilation_config.static_forward_context
         self._bare: dict[int, bool] = {}
+        self._is_bare = Bare(vllm_config)
         self._report = report_of(vllm_config)
 
     def is_argmax_invariant(self) -> bool:
@@ -57,7 +65,7 @@ class Requests(LogitsProcessor):
         for place in update.removed:
             bare.pop(place, None)
         for place, params, *_ in update.added:
-            bare[place] = is_bare(params)
+            bare[place] = self._is_bare(params)
         for one, other, direction in update.moved:
             moved = bare.pop(one, False)
             if direction == MoveDirectionality.SWAP:

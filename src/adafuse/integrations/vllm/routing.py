@@ -16,7 +16,7 @@ from adafuse.router import Router
 
 # Up to so many tokens, or so many rows of the router times tokens, the launches of `ops.route` are taken to be quicker than two dozen of
 # PyTorch: they read a token's h0 for each row anew.
-ROUTE_TOKENS, ROUTE_ROWS = 64, 1 << 16
+ROUTE_TOKENS, ROUTE_ROWS = 64, 1 << 14
 
 
 class Step:

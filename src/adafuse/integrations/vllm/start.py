@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,5 +205,14 @@ def check_engine(vllm_config):
         )
     if vllm_config.lora_config is not None:
         raise ValueError("enable_lora: vLLM's own LoRAs and a dynamic adapter exclude each other; start without it")
+    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        raise ValueError("prefill_context_parallel_size is not supported with a dynamic adapter; start without it")
+    if os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH", "0").lower() in (
+        "1",
+        "true",
+    ):  # vLLM sets it itself for some models
+        raise ValueError(
+            "VLLM_USE_BREAKABLE_CUDAGRAPH: such graphs would hold the routing of the step they were captured in; set it to 0"
+        )
     if getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False):
         raise ValueError("batches split in two (enable_dbo) are not supported with a dynamic adapter; start without it")

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from adafuse.integrations.vllm.load import report_of
-from adafuse.integrations.vllm.requests import is_bare
+from adafuse.integrations.vllm.requests import Bare
 
 
 @cache
@@ -29,13 +29,14 @@ class FollowsRequests:
     def __init__(self, vllm_config, model, *rest):
         super().__init__(vllm_config, model, *rest)
         self._step, self._report = model.adafuse_step, report_of(vllm_config)
+        self._is_bare = Bare(vllm_config)
         # By a request's place among the runner's, which it keeps; its place in the batch changes.
         self._adapted = torch.ones(vllm_config.scheduler_config.max_num_seqs, device=self._step.device)
         self._new: dict[int, float] = {}
 
     def add_request(self, req_index, new_req_data):
         super().add_request(req_index, new_req_data)
-        self._new[req_index] = 0.0 if is_bare(new_req_data.sampling_params) else 1.0
+        self._new[req_index] = 0.0 if self._is_bare(new_req_data.sampling_params) else 1.0
 
     def apply_staged_writes(self):
         super().apply_staged_writes()
