@@ -224,13 +224,12 @@ def kv_bytes(options):
 def step_bytes(model, r, ranks=1):
     """What a step reads of weights in 16 bits, on one of the tensor-parallel ranks, for the bound of `serve.py`."""
     shape, blocks = SHAPES[model], SHAPES[model]["num_hidden_layers"]
-    linears = [(g.name in ("o", "down"), g.features, width) for g in groups(model) for width in g.widths]
-    head = shape["vocab_size"] * shape["hidden_size"]
-    # A linear that is split by its inputs has all of B on each rank, one that is split by its outputs all of A.
-    expert = sum(i / ranks + o if by_inputs else i + o / ranks for by_inputs, i, o in linears)
+    linears = [(g.features, width) for g in groups(model, ranks) for width in g.widths]
+    head = shape["vocab_size"] * shape["hidden_size"] / ranks
     return {
-        "backbone": 2 * (blocks * sum(i * o for _, i, o in linears) + head) / ranks,
-        "expert": 2 * r * blocks * expert,
+        "backbone": 2 * (blocks * sum(i * o for i, o in linears) + head),
+        # A linear that is split by its inputs has all of B on each rank, one that is split by its outputs all of A.
+        "expert": 2 * r * blocks * sum(i + o for i, o in linears),
         "experts": EXPERTS,
         "top_k": TOP_K,
     }

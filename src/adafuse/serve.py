@@ -16,7 +16,7 @@ from pathlib import Path
 
 from adafuse import checkpoint
 from adafuse.integrations.vllm.names import ALONE, INTERVAL
-from adafuse.integrations.vllm.start import llm_options
+from adafuse.integrations.vllm.start import llm_options, switched_on
 
 HOST = "127.0.0.1"
 SPECULATIVE = ("--spec", "-sc")  # what vLLM's options of speculative decoding begin with
@@ -104,7 +104,7 @@ def _follows(adapted_only, load_interval):
 def _second_runner():
     """Whether vLLM was told to take the second of its model runners, which asks a model to follow the batch (`integrations.vllm.state`).
     The first tells logits processors."""
-    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "").lower() in ("1", "true")
+    return switched_on("VLLM_USE_V2_MODEL_RUNNER")
 
 
 def _check_options(options, by_logits):

@@ -13,15 +13,12 @@ def append(weight, a) -> tuple[torch.Tensor, ...]:
 
 def whole(first, others) -> torch.Tensor | None:
     """The matrix [sum of rows, I] of which `first` and `others`, each [rows, I], are the rows; None if they do not lie so."""
-    rows, features = first.shape
-    row, start, dtype = features * first.element_size(), first.data_ptr(), first.dtype
-    for part in others:
-        if part.data_ptr() != start + rows * row or part.shape[1] != features or part.dtype != dtype:
+    memory, end = first.untyped_storage().data_ptr(), first.data_ptr()
+    for part in (first, *others):
+        if (part.untyped_storage().data_ptr(), part.data_ptr()) != (memory, end) or not part.is_contiguous():
             return None
-        if not part.is_contiguous():
+        if part.shape[1:] != first.shape[1:] or part.dtype != first.dtype:
             return None
-        rows += part.shape[0]
-    memory = first.untyped_storage()
-    if not first.is_contiguous() or start + rows * row > memory.data_ptr() + memory.nbytes():
-        return None  # or what lies behind it by chance
-    return first.detach().as_strided((rows, features), (features, 1))
+        end += part.numel() * part.element_size()
+    rows = len(first) + sum(len(part) for part in others)
+    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))

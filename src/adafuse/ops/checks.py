@@ -13,8 +13,7 @@ MAX_FEATURES = 65536
 
 def check(x, chosen, **matrices):
     """ValueError for what the kernels cannot read. `matrices`: by name, tuples of one each linear."""
-    if torch.is_grad_enabled():
-        refuse_gradients(x, *(m for group in matrices.values() for m in group), *([chosen.weights] if chosen else []))
+    refuse_gradients(x, *(m for group in matrices.values() for m in group), *([chosen.weights] if chosen else []))
     if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_TOKENS or x.shape[1] > MAX_FEATURES or x.stride(1) != 1:
         raise ValueError(
             f"x must be [T, I] of 1 to {MAX_TOKENS} tokens and up to {MAX_FEATURES} features, its last axis contiguous; got "

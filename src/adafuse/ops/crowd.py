@@ -422,8 +422,7 @@ def crowd(
 
 
 def _check(x, base_weights, out, banks_a, banks_b, gates, r, h, partial, flags, cut):
-    if torch.is_grad_enabled():
-        refuse_gradients(*(t for t in (x, *base_weights, *banks_a, *banks_b, gates, out) if t is not None))
+    refuse_gradients(*(t for t in (x, *base_weights, *banks_a, *banks_b, gates, out) if t is not None))
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"x is {x.dtype}, needs bfloat16, float16 or float32")
     tokens, features = x.shape

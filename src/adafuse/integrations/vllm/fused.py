@@ -34,17 +34,12 @@ def linear_by_kernels(x, weight, a, b, routing: Routing, room: Room, decision: i
         return _decode(x, weight, a, b, group, chosen_of(routing, decision, tokens, shape), room.h)
     if form == "crowd":
         return _crowd(x, weight, a, b, group, gates_of(routing, decision, tokens, shape), room.flags)
-    if form != "tiles" and _has_descriptors(group, weight, *b):
+    if form != "tiles" and len(b) <= MOST_LINEARS and all(map(readable, (weight, *b))):
         found = tiles(routing, decision, tokens, shape)
         return _matmul(x, weight, a, b, group, found) if form == "matmul" else linear_gated(x, weight, a, b, found)
     y = torch.nn.functional.linear(x, weight)
     add_by_kernels(y, x, a, b, group.columns, routing, decision, shape)
     return y
-
-
-def _has_descriptors(group, weight, *b):
-    """Whether tensor descriptors can read the base's weights and the b. The rows of a linear's weights begin where those of all do."""
-    return len(b) <= MOST_LINEARS and readable(weight) and all(map(readable, b))
 
 
 def _decode(x, weight, a, b, group, chosen, h):

@@ -28,8 +28,8 @@ _library.define(
     "int[] shape) -> ()"
 )
 # Functional for a graph, though programs of one launch hand things over in `room`: no other operation reads the layer's. Nothing but
-# tensors tells a layer from the next: vLLM compiles all layers' graphs as one (llama-2-13b on an H200: 98 s with a number a layer, the bare
-# base 46 s).
+# tensors tells a layer from the next: vLLM compiles all layers' graphs as one (Llama-2-13B took 98 s with a number a layer,
+# the bare base 46: results/h200/exploration.json, run 5).
 _library.define(
     "adapted_linear(Tensor x, Tensor weight, Tensor[] a, Tensor[] b, Tensor[] routing, Tensor[] room, int decision, "
     "int[] shape) -> Tensor"
@@ -123,7 +123,7 @@ def view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
 
 
 def part(buffer: torch.Tensor, decision: int, *shape: int) -> torch.Tensor:
-    """Those of one decision, of several that are as large and lie one behind the other. (In one call: each takes the host 2 us.)"""
+    """Those of one decision, of several that are as large and lie one behind the other. In one call, for the host's sake."""
     size, strides = 1, []
     for n in reversed(shape):
         strides.append(size)

@@ -195,6 +195,11 @@ def _check_same(adapter, print_, key, value):
         )
 
 
+def switched_on(variable) -> bool:
+    """Whether one of vLLM's environment variables says yes."""
+    return os.environ.get(variable, "").lower() in ("1", "true")
+
+
 def check_engine(vllm_config):
     """ValueError for settings of vLLM's that an adapted model does not work with."""
     parallel = vllm_config.parallel_config
@@ -207,10 +212,7 @@ def check_engine(vllm_config):
         raise ValueError("enable_lora: vLLM's own LoRAs and a dynamic adapter exclude each other; start without it")
     if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         raise ValueError("prefill_context_parallel_size is not supported with a dynamic adapter; start without it")
-    if os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH", "0").lower() in (
-        "1",
-        "true",
-    ):  # vLLM sets it itself for some models
+    if switched_on("VLLM_USE_BREAKABLE_CUDAGRAPH"):  # vLLM does that by itself for some models
         raise ValueError(
             "VLLM_USE_BREAKABLE_CUDAGRAPH: such graphs would hold the routing of the step they were captured in; set it to 0"
         )
