@@ -40,7 +40,7 @@ FEW = (
 )
 # The same among ordinary kernels: early launch, and whether a program asks for its rows a quarter at a time.
 AMONG = tuple(
-    (pdl, changes) for pdl in (False, True) for changes in ({}, {"patient": False}, {"block_o": 2}, {"resident": 0})
+    (pdl, changes) for pdl in (False, True) for changes in ({}, *({"patient": who} for who in ("all", "first", "none")))
 )
 CROWD = ({}, {"prefetch": 0}, {"block_i": 64, "num_stages": 6}, {"block_r": 64}, {"num_warps": 8}, {"slots": 250})
 SPLITS_AND_BLOCKS = ((1, 32, 128), (1, 32, 256), (1, 64, 128), (2, 32, 128), (2, 64, 128), (4, 64, 64), (4, 128, 64))
@@ -61,16 +61,7 @@ EXPAND = (
 )
 BATCH = {
     "tiles": ({}, {"block_t": 64}),
-    "gated": (
-        {},
-        {"in_order": True},
-        {"in_order": True, "pdl": True},
-        {"in_order": True, "pdl": True, "early": False},
-        {"in_order": True, "pdl": True, "block_t": 128},
-        {"in_order": True, "pdl": True, "block_r": 128},
-        {"in_order": True, "pdl": True, "block_o": 64},
-        {"in_order": True, "pdl": True, "num_stages": 4},
-    ),
+    "gated": ({}, {"in_order": True}, {"in_order": False}),
     "matmul": ({}, {"group": 8}, {"num_stages": 4}, {"block_o": 128}),
 }
 PRISTINE = tuple(Tile(stagger=n) for n in (0, 1, 5))

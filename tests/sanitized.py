@@ -66,7 +66,7 @@ def a_batch(tokens, features, widths, num_experts, r, top_k, shared, dtype=torch
     expand_tiles(h, b, tiles, outs, **EARLY)
     if all(map(readable, b)):
         for in_order in (False, True):
-            linear_gated(x, torch.cat(weights), a, b, tiles, in_order=in_order, **EARLY)
+            linear_gated(x, torch.cat(weights), a, b, tiles, in_order=in_order)
     if all(readable(each) for each in (*weights, *b)):
         matmul_tiles(x, weights, h, b, tiles, wide)
 

@@ -126,7 +126,9 @@ def test_the_first_programs_compute_a_second_tile():
         Tile(4, 4, chunks=2, block_j=4),
         Tile(1, 8, chunks=8, block_j=2),
         Tile(16, 4, chunks=1),
-        Tile(4, 4, patient=False),
+        Tile(4, 4, patient="all"),
+        Tile(4, 4, patient="first"),
+        Tile(4, 4, patient="none"),
     ],
 )
 @pytest.mark.parametrize("size", SIZES[1:3], ids=str)

@@ -11,7 +11,7 @@ from test_batch_op import DEVICE, LIMITS, ROUTINGS, assert_close, expected_delta
 from test_matmul_op import weights
 
 from adafuse.ops.appended import append, whole
-from adafuse.ops.gated import add_gated, expand_gated, expand_gated_ref, linear_gated
+from adafuse.ops.gated import add_gated, expand_gated, expand_gated_ref, linear_gated, takes_in_order
 
 # tokens, experts, top_k, r, shared rank
 SIZES = [(63, 8, 2, 16, 3), (130, 64, 16, 1, 0), (130, 6, 2, 48, 0), (40, 1, 1, 4, 3), (9, 8, 2, 64, 16)]
@@ -38,10 +38,17 @@ def test_one_linear(kind, size):
     check(kind, size, 64, (72,), dtype)
 
 
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_tokens_as_they_come(size):
+def test_sorted_tokens_and_tokens_as_they_come(size, in_order):
     dtype = [torch.float32, torch.float16, torch.bfloat16][SIZES.index(size) % 3]
-    check("zipf", size, 64, (72, 24), dtype, run=partial(expand_gated, in_order=True))
+    check("zipf", size, 64, (72, 24), dtype, run=partial(expand_gated, in_order=in_order))
+
+
+def test_tokens_stay_in_order_where_sorting_leaves_nothing_out():
+    assert takes_in_order(num_tiles=4, top_k=2, num_experts=8)
+    assert not takes_in_order(num_tiles=5, top_k=2, num_experts=8)
+    assert not takes_in_order(num_tiles=1, top_k=16, num_experts=256)
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)

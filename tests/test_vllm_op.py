@@ -1,6 +1,8 @@
 """The operations behind an adapted linear of vLLM's, and the buffers of a step, without vLLM: kernels (in Triton's
 interpreter where there is no GPU) and dense form against loops over tokens and experts."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -222,13 +224,39 @@ def test_a_whole_linear_equals_loops(form, tokens, dtype, settings):
     check_layers(step, tokens, dtype)
 
 
-@pytest.mark.parametrize(("form", "widths"), [("tiles", OUT), ("matmul", OUT), ("matmul", (32, 16))])
-def test_forms_of_larger_linears(form, widths, monkeypatch):
-    """A matmul of ours, and one whose rows it cannot read."""
+@pytest.mark.parametrize("form", ["tiles", "gated", "matmul"])
+def test_forms_of_larger_linears(form, monkeypatch):
     monkeypatch.setattr(Group, "form", lambda *_: form)
-    step = make_step(torch.bfloat16, kernels=True, widths=widths, num_experts=6)
+    step = make_step(torch.bfloat16, kernels=True, widths=(32, 16), num_experts=6)
     assert all(buffer.numel() == 0 for buffer in step.room)
-    check_layers(step, 20, torch.bfloat16, widths)
+    check_layers(step, 20, torch.bfloat16, (32, 16))
+
+
+def test_rows_that_descriptors_cannot_read():
+    wide, odd, many = (
+        Group(4096, widths, torch.bfloat16, Shape(1, 8, 2, 16, 0)) for widths in ((4096,) * 3, (4097,), (4096,) * 4)
+    )
+    assert [group.form(100) for group in (wide, odd, many)] == ["gated", "tiles", "tiles"]
+    assert [group.form(4096) for group in (wide, odd, many)] == ["matmul", "tiles", "tiles"]
+
+
+@pytest.mark.parametrize("form", ["gated", "matmul"])
+def test_a_layer_may_get_other_weights(form, monkeypatch):
+    """What launches found out of the first is not taken for the second, and keeps nothing from being freed."""
+    monkeypatch.setattr(Group, "form", lambda *_: form)
+    step = make_step(kernels=True, decisions=1, widths=(32, 16))
+    h0, _, x, a, b = case(20, torch.float32, step, (32, 16))
+    step.route(h0, spread(20, 2))
+    first, second = (torch.randn(48, IN, device=DEVICE) for _ in range(2))
+    weight, freed = torch.nn.Parameter(first.clone(), requires_grad=False), []
+    weakref.finalize(weight, freed.append, "freed")
+    for matrix in (first, second):
+        weight.data = matrix
+        found = linear_by_kernels(x, weight, a, b, step.routing, step.rooms[0], 0, step.shape)
+        wanted = linear_dense(x, matrix, a, b, step.routing, 0, step.shape)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    del weight
+    assert freed
 
 
 def test_forms_of_llama_7b():

@@ -185,18 +185,33 @@ def _expand_kernel(
 
 
 def shrink_tiles(
-    x, a, tiles, out=None, *, pdl=False, block_n=None, block_i=None, splits=None, num_warps=None, num_stages=None
+    x,
+    a,
+    tiles,
+    out=None,
+    *,
+    pdl=False,
+    block_n=None,
+    block_i=None,
+    splits=None,
+    num_warps=None,
+    num_stages=None,
+    known: dict | None = None,
 ):
     """out[m, t] = (x[order[t]] @ a[m].T) * mask[t], where a tile needs it; the rest of `out` is left alone.
 
     x [T, I] (rows may lie apart), a: one [R, I] or a tuple of them, one per linear that reads this x; bf16, fp16 or fp32,
     summed in fp32. out [modules, padded T, padded R] of x's dtype (`tiles.h_shape`), allocated if not given. With `splits` > 1
     the sum over I is shared between that many programs and put together by a second launch, always in the same order.
-    The remaining keywords are the kernel's block sizes; they default by shape.
+    known: what earlier calls with these a found out, kept by the caller; nothing is checked again. The remaining keywords are the
+    kernel's block sizes; they default by shape.
     """
     a = _as_tuple(a)
     out = x.new_empty(tiles.h_shape(len(a))) if out is None else out
-    _check_shrink(x, a, tiles, out)
+    if known is None or "shrink" not in known:
+        _check_shrink(x, a, tiles, out)
+        if known is not None:
+            known["shrink"] = "checked"
     shape = _shrink_shape(x, tiles)
     block_n, block_i = max(block_n or shape["block_n"], tiles.block_r), block_i or shape["block_i"]
     if splits is None:

@@ -100,33 +100,43 @@ def _matmul_kernel(
 # --- launcher -------------------------------------------------------------------------------------------------------------
 
 
-def matmul_tiles(x, base_weights, h, b, tiles: Tiles, out, *, block_o=None, group=4, num_stages=3):
+def matmul_tiles(
+    x, base_weights, h, b, tiles: Tiles, out, *, block_o=None, group=4, num_stages=3, known: dict | None = None
+):
     """out[order[t], column(m) + o] = sum_i base_weights[m][o, i] x[order[t], i] + sum_rank b[m][rank, o] h[m, t, rank].
 
     x [T, I], its last axis contiguous; base_weights: for each linear of the group, three at most, [O_m, I], the rows a multiple of
     16 bytes (`readable`); h from `shrink_tiles` of the same x and tiles; b: for each linear [R, O_m], readable too; all of one dtype:
-    bf16, fp16 or fp32. out [T, O_1 + ... + O_M], rows may lie apart, written whole. Summed in fp32 and rounded once. The remaining
-    keywords are block sizes, which default by dtype. No host sync, no allocation: safe inside a CUDA graph.
+    bf16, fp16 or fp32. out [T, O_1 + ... + O_M], rows may lie apart, written whole. Summed in fp32 and rounded once. known: what earlier
+    calls with these base_weights and b found out, kept by the caller; nothing is checked again. The remaining keywords are block
+    sizes, which default by dtype. No host sync, no allocation: safe inside a CUDA graph.
     """
-    base_weights, b = tuple(base_weights), tuple(b)
-    _check(x, base_weights, h, b, tiles, out)
-    widths = tuple(w.shape[0] for w in base_weights)
     exact = x.dtype == torch.float32  # no tensor cores: small tiles
     block_o, block_i = block_o or (64 if exact else 256), 32 if exact else 64
+    known, key = {} if known is None else known, ("matmul", tiles.block_r, block_o)
+    if key not in known:
+        base_weights, b = tuple(base_weights), tuple(b)
+        _check(x, base_weights, h, b, tiles, out)
+        w_tiles, b_tiles = described(base_weights, [block_o, block_i]), described(b, [tiles.block_r, block_o])
+        known[key] = tuple(w.shape[0] for w in base_weights), w_tiles, b_tiles
+    widths, w_tiles, b_tiles = known[key]
     columns = sum(cdiv(width, block_o) for width in widths)
     block = {"BLOCK_T": tiles.block_t, "BLOCK_O": block_o, "BLOCK_I": block_i, "BLOCK_R": tiles.block_r}
-    missing = [None] * (MOST_LINEARS - len(widths))
-    w_tiles = [TensorDescriptor.from_tensor(w, [block_o, block_i]) for w in base_weights]
-    b_tiles = [TensorDescriptor.from_tensor(part, [tiles.block_r, block_o]) for part in b]
     h_tiles = TensorDescriptor.from_tensor(h.view(-1, h.shape[-1]), [tiles.block_t, tiles.block_r])
     with torch.cuda.device_of(x):
         _matmul_kernel[(min(processors(x), tiles.num_tiles * columns),)](
-            x, *w_tiles, *missing, h_tiles, *b_tiles, *missing, out,
+            x, *w_tiles, h_tiles, *b_tiles, out,
             tiles.order, tiles.counts, tiles.blocks, tiles.tokens, x.stride(0), out.stride(0),
             widths=widths, COLUMNS=columns, I=x.shape[1], NUM_BLOCKS=tiles.num_blocks, LISTED=next_power_of_2(tiles.num_blocks),
             GROUP=group, STAGES=num_stages, **block, num_warps=8, num_stages=num_stages,
         )  # fmt: skip
     return out
+
+
+def described(matrices, block) -> tuple:
+    """Descriptors of tiles of matrices, and None for each linear that is missing to MOST_LINEARS."""
+    found = tuple(TensorDescriptor.from_tensor(matrix, block) for matrix in matrices)
+    return found + (None,) * (MOST_LINEARS - len(found))
 
 
 def readable(weight) -> bool:

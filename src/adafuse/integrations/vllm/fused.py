@@ -7,6 +7,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from adafuse.costs import CROWD_TOKENS
 from adafuse.integrations.vllm.op import Group, Room, Routing, Shape, add_by_kernels, chosen_of, gates_of, tiles, view
@@ -15,10 +16,12 @@ from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import decode
 from adafuse.ops.gated import linear_gated
 from adafuse.ops.launch import cdiv, processors
-from adafuse.ops.matmul import MOST_LINEARS, matmul_tiles, readable
+from adafuse.ops.matmul import matmul_tiles
 from adafuse.ops.ranks import copies_of_h
 
 ALIGNED = 4  # int32: kernels are compiled once more for what begins elsewhere than on 16 bytes
+# By a layer's weight, as long as that is there.
+_layers = WeakTensorKeyDictionary()
 
 
 def linear_by_kernels(x, weight, a, b, routing: Routing, room: Room, decision: int, shape: Shape):
@@ -34,12 +37,37 @@ def linear_by_kernels(x, weight, a, b, routing: Routing, room: Room, decision: i
         return _decode(x, weight, a, b, group, chosen_of(routing, decision, tokens, shape), room.h)
     if form == "crowd":
         return _crowd(x, weight, a, b, group, gates_of(routing, decision, tokens, shape), room.flags)
-    if form != "tiles" and len(b) <= MOST_LINEARS and all(map(readable, (weight, *b))):
-        found = tiles(routing, decision, tokens, shape)
-        return _matmul(x, weight, a, b, group, found) if form == "matmul" else linear_gated(x, weight, a, b, found)
-    y = torch.nn.functional.linear(x, weight)
-    add_by_kernels(y, x, a, b, group.columns, routing, decision, shape)
-    return y
+    if form == "tiles":
+        y = torch.nn.functional.linear(x, weight)
+        add_by_kernels(y, x, a, b, group.columns, routing, decision, shape)
+        return y
+    found, layer = tiles(routing, decision, tokens, shape), Matrices.of(weight, a, b, group)
+    if form == "gated":
+        return linear_gated(x, layer.weight, a, b, found, known=layer.known)
+    h = shrink_tiles(x, layer.a, found, known=layer.known)
+    return matmul_tiles(x, layer.weights, h, b, found, _output(x, weight), known=layer.known)
+
+
+class Matrices:
+    """A layer's matrices as launches take them, and what those found out of them (`known`): to do so for each takes the host as long as
+    all else.
+
+    Without a reference to the weight that a layer is known by: it would never be freed.
+    """
+
+    def __init__(self, weight, a, b, group, addresses):
+        self.addresses, self.known = addresses, {}
+        self.weight, self.a, self.b = weight.data, tuple(a), tuple(b)
+        self.weights = self.weight.split(group.widths)
+
+    @classmethod
+    def of(cls, weight, a, b, group) -> Matrices:
+        """Those of an earlier call, unless a matrix has been replaced since."""
+        addresses = group, *(matrix.data_ptr() for matrix in (weight, *a, *b))
+        found = _layers.get(weight)
+        if found is None or found.addresses != addresses:
+            found = _layers[weight] = cls(weight, a, b, group, addresses)
+        return found
 
 
 def _decode(x, weight, a, b, group, chosen, h):
@@ -58,11 +86,6 @@ def _crowd(x, weight, a, b, group, gates, flags):
     }
     banks = {"banks_a": a, "banks_b": b, "gates": gates, "r": shape.r}
     return crowd(x, weight.split(group.widths), _output(x, weight), **banks, **scratch, cut=cut)
-
-
-def _matmul(x, weight, a, b, group, found):
-    h = shrink_tiles(x, tuple(a), found)
-    return matmul_tiles(x, weight.split(group.widths), h, tuple(b), found, _output(x, weight))
 
 
 def _output(x, weight):

@@ -103,11 +103,14 @@ class Group(NamedTuple):
 
     @lru_cache(maxsize=4096)  # noqa: B019 - of tuples of numbers
     def form(self, tokens: int) -> str:
-        """What computes so many tokens, by its key in `costs.FORMS`; "tiles" also for a few tokens of which `decode` is unfit."""
+        """What computes so many tokens, by its key in `costs.FORMS`; "tiles" also for what the others cannot read, and for a few
+        tokens of which `decode` is unfit."""
         layer = Layer(self.features, sum(self.widths), len(self.widths), appended=True)
         form = fused_form(layer, self.shape, tokens, self.dtype.itemsize, self.device, FORMS)
         # `decode` has one shared scale for all tokens, but some have no adapter.
         unfit = form == "decode" and self.shape.shared_rank
+        if form in ("gated", "matmul") and not self._described:
+            form = "tiles"
         if tokens > CROWD_TOKENS or not (unfit or form in ("gated", "tiles")):
             return form
         # The estimate leaves out that a step's tokens are sorted for these.
@@ -115,6 +118,14 @@ class Group(NamedTuple):
         if read <= CROWD_READS:
             return "crowd"
         return "tiles" if unfit else form
+
+    @property
+    def _described(self) -> bool:
+        """Whether tensor descriptors can read the matrices of this many linears: rows begin on 16 bytes."""
+        from adafuse.ops.matmul import MOST_LINEARS
+
+        on_16_bytes = not any(self.dtype.itemsize * row % 16 for row in (self.features, *self.widths))
+        return len(self.widths) <= MOST_LINEARS and on_16_bytes
 
 
 def view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:

@@ -194,9 +194,13 @@ class Step:
         """How the layers read the routing of so many tokens: "chosen" (experts and weights), "gates", or "tiles"."""
         if not self._kernels:
             return {"gates"}
+        from adafuse.ops.gated import takes_in_order
+
         forms = {"tiles" if group is None else group.form(tokens) for group in self._kinds}
         beside = "chosen" if few(tokens) else "tiles"
-        return {{"decode": "chosen", "crowd": "gates"}.get(form, beside) for form in forms}
+        in_order = takes_in_order(tile_counts(tokens, self.shape)[2], self.shape.top_k, self.shape.num_experts)
+        read = {"decode": "chosen", "crowd": "gates", "gated": "gates" if in_order else "tiles"}
+        return {read.get(form, beside) for form in forms}
 
     def _write_gates(self, experts, weights):
         gates = view(self.routing.gates, *experts.shape[:2], self.shape.num_experts + 1).zero_()
