@@ -20,7 +20,7 @@ def throughput(rows):
         loras = [found.get(f"throughput/multilora_{count}") for count in (1, 8)]
         cells = [*of_bound, *("" if lora is None else f"{lora['ratio']:.3f}" for lora in loras)]
         lines.append(f"| {case} | {found['throughput/backbone']['median']:.0f} | {' | '.join(cells)} |")
-    return [*lines, "", f"{_load(rows)} The bound and what it counts: [below](#what-it-costs-and-why)."]
+    return [*lines, "", f"{_load(rows)} The bound and what it counts: at the end of this section."]
 
 
 def latency(rows):
@@ -37,12 +37,17 @@ def latency(rows):
 
 def alone(rows):
     """What people use today: one request at a time, the bare model in vLLM."""
-    lines = ["| model in vLLM, one request at a time | ms a token | with ours, r | ms a token |", "|---|---|---|---|"]
+    lines = [
+        "| model in vLLM, one request at a time | GPUs | ms a token | with ours, r | ms a token |",
+        "|---|---|---|---|---|",
+    ]
     for _, found in _cases(rows):
         bare, ours = (found.get(f"itl_p50/{label}") for label in COMPARED)
         if bare["case"]["in_flight"] == 1 and ours is not None:
             case = bare["case"]
-            lines.append(f"| {case['model']} | {bare['median']:.2f} | {case['r']} | {ours['median']:.2f} |")
+            lines.append(
+                f"| {case['model']} | {case['tensor_parallel']} | {bare['median']:.2f} | {case['r']} | {ours['median']:.2f} |"
+            )
     return lines
 
 

@@ -5,6 +5,7 @@ and together far larger than the L2 cache. What a model has between the linears 
 """
 
 from functools import cache, cached_property, partial
+from itertools import islice
 
 import torch
 from shapes import SHAPES, groups
@@ -19,7 +20,7 @@ from adafuse.ops.decode import decode, decode_ref
 from adafuse.ops.gated import add_gated, linear_gated
 from adafuse.ops.layout import dense_gates, lay_out
 from adafuse.ops.matmul import matmul_tiles
-from adafuse.ops.ranks import EMPTY, copies_of_h
+from adafuse.ops.ranks import EMPTY, Following, copies_of_h
 from adafuse.ops.route import route
 from adafuse.plan import Plan
 from adafuse.router import Router, Routing
@@ -83,15 +84,20 @@ class Stack:
         for block, index, _, x, y in self.steps():
             torch.mm(x, self.weights[block][index].T, out=y)
 
-    def run_backbone(self, pdl=True):
+    def run_backbone(self, pdl=True, following=0):
         for block, index, _, x, y in self.steps():
-            decode(x, self.linears(block, index), y, pdl=pdl)
+            decode(x, self.linears(block, index), y, pdl=pdl, following=self.following(block, index, following))
 
-    def error(self):
-        """Largest relative RMS error of a group's output as the base alone, against float64 on the inputs that it had."""
+    def following(self, block, index, num_bytes):
+        """What `decode` may ask for ahead, for the group behind this one."""
+        block, index = divmod(block * len(self.groups) + index + 1, len(self.groups))
+        return Following(self.weights[block][index], num_bytes) if num_bytes and block < self.blocks else None
+
+    def error(self, every=1):
+        """Largest relative RMS error of every so manyth group's output as the base alone, against float64 on the inputs that it had."""
         return worst(
             relative_error(y, decode_ref(x.double(), [w.double() for w in self.linears(block, index)]))
-            for block, index, _, x, y in self.steps()
+            for block, index, _, x, y in islice(self.steps(), 0, None, every)
         )
 
 
@@ -191,7 +197,7 @@ class Adapters(Banks):
         """Bytes of the chosen experts, which one token must read beside the weights. (The router's, far fewer, are not counted.)"""
         return self.bytes_of(self.top_k)
 
-    def run(self, pdl=True):
+    def run(self, pdl=True, following=0, following_a=False):
         """A step as the engine launches it: routing, plan and all linears, those of an input in one launch."""
         stack = self.stack
         self.all_h.fill_(EMPTY.value)
@@ -208,7 +214,11 @@ class Adapters(Banks):
         first = True
         for h, (block, index, _, x, y) in zip(self.h, stack.steps(), strict=True):
             banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "chosen": self.chosen(block)}
-            decode(x, stack.linears(block, index), y, **banks, h=h, after_plan=first, pdl=pdl)
+            ahead = stack.following(block, index, following)
+            if ahead and following_a:
+                at = divmod(block * len(stack.groups) + index + 1, len(stack.groups))
+                ahead = ahead._replace(banks_a=tuple(self.a[at[0]][at[1]]), chosen=self.chosen(at[0]))
+            decode(x, stack.linears(block, index), y, **banks, h=h, after_plan=first, pdl=pdl, following=ahead)
             first = False
 
     def run_as_huggingface(self):
@@ -229,10 +239,10 @@ class Adapters(Banks):
         self.weights.copy_(plan.weights)
         self.collect(outputs)
 
-    def error(self):
-        """Largest relative RMS error of a group's output against float64 on the very inputs that the kernels had."""
+    def error(self, every=1):
+        """Largest relative RMS error of every so manyth group's output against float64 on the very inputs that the kernels had."""
         errors = []
-        for block, index, _, x, y in self.stack.steps():
+        for block, index, _, x, y in islice(self.stack.steps(), 0, None, every):
             matrices = (self.stack.linears(block, index), self.a[block][index], self.b[block][index])
             double = [[m.double() for m in ms] for ms in matrices]
             errors.append(relative_error(y, decode_ref(x.double(), *double, self.chosen(block))))
@@ -358,7 +368,7 @@ class Batch(Banks):
 
         return launch
 
-    def _crowd(self, _, gates, **given):
+    def _crowd(self, _, gates, following=0, **given):
         stack, tokens, ranks = self.stack, len(self.experts), len(self.a[0][0][0])
         pdl = given.pop("pdl", tokens <= FEW_TOKENS)
         cuts = [cut_for(tokens, g.features, g.widths, ranks, **given) for g in stack.groups]
@@ -376,7 +386,8 @@ class Batch(Banks):
         def launch(step, block, index, group, x, y):
             scratch = {"h": hs[index], "partial": partials[index], "flags": flags[step], "cut": cuts[index]}
             banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "gates": found, "r": self.r}
-            crowd(x, stack.linears(block, index), y, **banks, **scratch, pdl=pdl)
+            ahead = stack.following(block, index, following)
+            crowd(x, stack.linears(block, index), y, **banks, **scratch, pdl=pdl, following=ahead)
 
         return launch
 

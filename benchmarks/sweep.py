@@ -38,10 +38,16 @@ FEW = (
     {"resident": 0},
     {"block_o": 8},
 )
-# The same among ordinary kernels: early launch, and whether a program asks for its rows a quarter at a time.
-AMONG = tuple(
-    (pdl, changes) for pdl in (False, True) for changes in ({}, *({"patient": who} for who in ("all", "first", "none")))
+# The same among ordinary kernels: early launch, who asks for rows a quarter at a time, and MiB of the next group's weights (with rows of
+# its A) that are asked for into the L2 cache.
+AMONG = ({}, {"pdl": True}, *({"following": n} for n in (4, 8, 16, 24)))
+AMONG_ALONE = (*AMONG, {"patient": "all"}, {"patient": "first"})
+AMONG_ADAPTED = (
+    *AMONG_ALONE,
+    *({"following": n, "following_a": True} for n in (1, 8, 16)),
+    {"patient": "first", "following": 8},
 )
+AMONG_MORE = ({}, {"following": 8}, {"following": 16})  # several tokens
 CROWD = ({}, {"prefetch": 0}, {"block_i": 64, "num_stages": 6}, {"block_r": 64}, {"num_warps": 8}, {"slots": 250})
 SPLITS_AND_BLOCKS = ((1, 32, 128), (1, 32, 256), (1, 64, 128), (2, 32, 128), (2, 64, 128), (4, 64, 64), (4, 128, 64))
 SHRINK = (
@@ -69,6 +75,9 @@ IN_PLACE = (
     *(Tile(num_stages=2, registers=True, stagger=n) for n in (0, 1, 3, 5, 11)),
     Tile(strip=86, num_stages=2, registers=True),
 )
+
+
+SOME = 37  # every so many groups are checked, each kind of group among them
 
 
 class Sweep:
@@ -157,29 +166,28 @@ def sweep_among(sweep, model, tokens, ranks):
     bound = record.row("read", {}, best_read_times(stack.flat), "ms")
     sweep.rows.append(bound)
     case = {"tokens": tokens, "ranks": ranks}
+
+    def each(name, run, error, variants):
+        for given in variants:
+            changes = {key: value for key, value in given.items() if key == "patient"}
+            options = {"pdl": False, **{key: value for key, value in given.items() if key not in changes}}
+            if "following" in options:
+                options["following"] <<= 20
+            with tiles("default", changes):
+                sweep.time(name, {**case, **given}, partial(run, **options), bound, stack.prepare, error=error)
+
     sweep.time("cublas", case, stack.run_cublas, bound, stack.prepare)
-    variants = AMONG if tokens == 1 else [(pdl, {}) for pdl in (False, True)]
-    for pdl, changes in variants:
-        with tiles("default", changes):
-            run = partial(stack.run_backbone, pdl=pdl)
-            sweep.time("backbone", {**case, "pdl": pdl, **changes}, run, bound, stack.prepare, error=stack.error)
+    each("backbone", stack.run_backbone, partial(stack.error, SOME), AMONG_ALONE if tokens == 1 else AMONG_MORE)
     for r in (16, 64):
         mixture = {"num_experts": 8, "r": r, "top_k": 2}
         adapters = Adapters(stack, **mixture)
-        for pdl, changes in variants:
-            with tiles("default", changes):
-                run = partial(adapters.run, pdl=pdl)
-                sweep.time(
-                    f"decode_r{r}", {**case, "pdl": pdl, **changes}, run, bound, stack.prepare, error=adapters.error
-                )
-        del adapters, run
+        each(f"decode_r{r}", adapters.run, partial(adapters.error, SOME), AMONG_ADAPTED if tokens == 1 else AMONG_MORE)
+        del adapters
         free()
         if tokens > 1:
             batch = Batch(stack, **mixture)
-            for pdl in (False, True):
-                run = partial(batch.run, "crowd", pdl=pdl)
-                sweep.time(f"crowd_r{r}", {**case, "pdl": pdl}, run, bound, stack.prepare, error=batch.error)
-            del batch, run
+            each(f"crowd_r{r}", partial(batch.run, "crowd"), batch.error, AMONG_MORE)
+            del batch
             free()
 
 

@@ -194,11 +194,23 @@ def decode_headline(rows):
     times = (
         f"**Layer-wise routing on the very same engine and kernels takes {layerwise / ours:.2f} times as long a token**"
     )
-    case = "for Llama-2-7B with 2 of 8 experts of rank 64 on every linear"
+    case = "for one sequence of Llama-2-7B with 2 of 8 experts of rank 64 on every linear"
+    several = [_times_of_layerwise(rows, batch) for batch in (4, 8)]
     return [
-        f"{times}: {layerwise:.2f} ms against {ours:.2f} ms {case}, where the bare model takes {alone:.2f} ms "
-        "(NVIDIA H100, [all figures](docs/latency.md))."
+        f"{times}: {layerwise:.2f} ms against {ours:.2f} ms {case}, where the bare model takes {alone:.2f} ms. With 4 sequences it is "
+        f"{several[0]}, with 8 {several[1]} times (Mistral-7B, Llama-3.2-1B; NVIDIA H100, [all figures](docs/latency.md))."
     ]
+
+
+def _times_of_layerwise(rows, batch):
+    """The range over the other models and contexts, of so many sequences."""
+    times = {"graphed/layerwise_ours": {}, "engine/fused_r64": {}}
+    for row in rows:
+        if row["case"]["batch"] == batch and row["name"] in times:
+            times[row["name"]][row["case"]["model"], row["case"]["context"]] = row["median"]
+    layerwise, ours = times.values()
+    ratios = sorted(layerwise[case] / ours[case] for case in ours)
+    return f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
 
 
 def decode_profile(rows):
@@ -254,7 +266,7 @@ DECODE_WAYS = {
     "graphed/layerwise_ours": "layer-wise routing, r 64, on this engine and its kernels",
     "graphed/layerwise": "layer-wise routing, r 64, HuggingFace's forward in a CUDA graph",
     "engine/switch_pristine": "merging the token's experts in one launch, this engine",
-    "published/layerwise": "layer-wise routing, r 64, as published",
+    "published/layerwise": "layer-wise routing, r 64, the way it is published",
 }
 # Rows of a case's line in `decode_cases`, in ms.
 DECODE_CASES = {

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from adafuse.engine.graph import captured
 from adafuse.ops.crowd import crowd, crowd_ref, cut_for
 from adafuse.ops.layout import dense_gates
+from adafuse.ops.ranks import Following
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative RMS
@@ -126,6 +127,10 @@ def test_every_routing(kind, size):
 @pytest.mark.parametrize("size", [SIZES[2], SIZES[4]], ids=str)
 def test_every_cut(given, size):
     check(size, torch.float32, given=given)
+
+
+def test_asking_for_what_follows_changes_nothing():
+    check(SIZES[2], torch.float32, following=Following(torch.zeros(64, 64, device=DEVICE), 4096))
 
 
 def test_the_reference_equals_the_loop():

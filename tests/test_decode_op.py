@@ -11,7 +11,7 @@ from adafuse.ops.beside import expand, shrink
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.decode import Tile, decode, decode_ref
 from adafuse.ops.launch import processors
-from adafuse.ops.ranks import EMPTY, copies_of_h, expand_ref, shrink_ref
+from adafuse.ops.ranks import EMPTY, Following, copies_of_h, expand_ref, shrink_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative RMS
@@ -118,6 +118,22 @@ def test_the_first_programs_compute_a_second_tile():
     """More outputs than the device is taken to have places for programs; the second tiles are of the other linear."""
     outputs = processors(torch.empty(0, device=DEVICE))
     check((1, 40, (outputs - 30, 60), 6, 2, 2, 1), torch.float32, tile=Tile(1, 4, resident=1))
+
+
+@pytest.mark.parametrize("size", [(1, 40, (33, 16), 6, 4, 2, 3), (3, 64, (32,), 8, 4, 2, 0)], ids=str)
+def test_asking_for_what_follows_changes_nothing(size):
+    _, (weight,), banks_a, _, chosen = a_case(size[0], 48, (24,), *size[3:], torch.float32)
+    check(size, torch.float32, following=Following(weight, 4096, tuple(banks_a), chosen))
+
+
+def test_what_follows_is_asked_for_whole_and_no_further():
+    weight = torch.zeros(10, 24)
+    assert Following(weight, 10**6).part(4) == 240  # 960 bytes
+    assert Following(weight, 512).part(4) == 128
+    assert Following(weight, 512).part(40) == 0  # less than 16 bytes for each
+    assert Following.on(weight, None).part(4) == Following.on(weight, Following(weight.flatten()[1:], 512)).part(4) == 0
+    odd = Following(weight, 512, (torch.zeros(4, 7),), object())
+    assert Following.on(weight, odd).banks_a == ()
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,11 @@ def run_blocks(path, base):
     return namespace
 
 
-def test_the_example_of_the_readme_runs(base):
+def test_the_examples_of_the_readme_run(base, capsys):
     model = run_blocks(ROOT / "README.md", base)["model"]
     assert all(bank.b.grad.any() for bank in model.banks.values())
-    assert Path("adapter", "adapter_model.safetensors").is_file()
+    assert Path("untrained", "adapter_model.safetensors").is_file()
+    assert capsys.readouterr().out
 
 
 def test_the_examples_on_peft_run(base):

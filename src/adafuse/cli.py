@@ -86,10 +86,12 @@ def train(
         list[str] | None, typer.Option(help="Adapt linears whose name ends so (q_proj); repeat it. Default: all.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimisation steps; 0: as many as --epochs take.")] = 0,
-    epochs: float = 1.0,
+    epochs: Annotated[float, typer.Option(help="Times each example is seen.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Examples a micro-batch.")] = 8,
     accumulation: Annotated[int, typer.Option(help="Micro-batches a step.")] = 1,
-    learning_rate: float = 2e-4,
+    learning_rate: Annotated[
+        float, typer.Option(help="The highest: 5 % of the steps lead up to it, the rest down to 0.")
+    ] = 2e-4,
     max_length: Annotated[
         int | None, typer.Option(help="Longest example in tokens; longer ones are left out and counted.")
     ] = None,
@@ -101,7 +103,7 @@ def train(
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints to resume from; 0: none.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is in --out.")] = False,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the adapter's first weights and the order of the examples.")] = 0,
     chat: Chat = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -168,7 +170,7 @@ def evaluate(
         Path | None, typer.Option(help="Adapter folder; without it the base alone is evaluated.")
     ] = None,
     base: Base = None,
-    batch_size: int = 16,
+    batch_size: Annotated[int, typer.Option(help="Choices scored at once.")] = 16,
     out: Annotated[Path | None, typer.Option(help="Also write the result as JSON.")] = None,
     chat: Chat = False,
     dtype: Dtype = "auto",
@@ -192,10 +194,10 @@ def generate(
     adapter: Adapter,
     prompt: Annotated[str, typer.Option(help="The prompt; - reads it from standard input.")],
     base: Base = None,
-    max_new_tokens: int = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the fewest tokens that have this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling: the same seed gives the same text.")] = 0,
     show_experts: Annotated[
         bool, typer.Option("--show-experts", help="Colour each token by its first expert.")
     ] = False,
@@ -231,7 +233,7 @@ def inspect(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the adapter that the demo trains.")] = Path("adafuse-demo"),
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the questions and the training.")] = 0,
 ):
     """Train an adapter for SmolLM2-135M on three small tasks and show what it learned (under five minutes on two cores)."""
     from adafuse.demo.run import run_demo

@@ -38,6 +38,7 @@ from adafuse.ops import launch
 from adafuse.ops.checks import aligned_rows
 from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import INTERPRETED, cdiv, dot, next_power_of_2
+from adafuse.ops.ranks import Following, prefetch_part
 
 LINE = 128  # bytes that a prefetch asks for
 SHARED_MEMORY = 227 * 1024  # of a processor
@@ -215,7 +216,7 @@ def _tile(
     return w, b, linear, block, column, width
 
 
-@triton.jit(do_not_specialize=["T", "shrinks"])
+@triton.jit(do_not_specialize=["T", "shrinks", "following_bytes"])
 def _crowd_kernel(
     x,
     base_weights,
@@ -230,6 +231,8 @@ def _crowd_kernel(
     stride_y,
     T,
     shrinks,
+    following,
+    following_bytes,
     widths: tl.constexpr,
     O_TILES: tl.constexpr,
     I: tl.constexpr,
@@ -246,6 +249,8 @@ def _crowd_kernel(
     PER_LINE: tl.constexpr,
     EVEN_O: tl.constexpr,
     ALIGNED: tl.constexpr,
+    FOLLOWING: tl.constexpr,
+    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (shrinks + programs)."""
@@ -348,6 +353,9 @@ def _crowd_kernel(
             else:
                 y_at = y + t.to(tl.int64)[None, :] * stride_y + column + o[:, None]
                 tl.store(y_at, acc.to(y.dtype.element_ty), mask=(t < T)[None, :] & (o < width)[:, None])
+    if FOLLOWING:  # noqa: SIM102 - nested, so that the first is decided by the compiler
+        if pid >= shrinks:
+            prefetch_part(following, pid - shrinks, following_bytes, THREADS)
 
 
 # --- launcher -------------------------------------------------------------------------------------------------------------
@@ -355,7 +363,7 @@ def _crowd_kernel(
 
 def crowd(
     x, base_weights, out, *, banks_a=(), banks_b=(), gates=None, r=1, h=None, partial, flags, cut=None,
-    pdl=False,
+    following: Following | None = None, pdl=False,
 ):  # fmt: skip
     """out[t, column(m) + o] = sum_i base_weights[m][o, i] x[t, i] + sum_rank banks_b[m][rank, o] h[t, m, rank], with
 
@@ -367,8 +375,8 @@ def crowd(
     every time; h is rounded to the dtype of x.
 
     cut: how the work is cut, by default `cut_for` these shapes. h [cut.h_shape], partial [cut.partial_shape]: scratch, may serve
-    one call after another. flags int32 [cut.num_flags]: filled with 0 before each call. The plan may be written
-    by the kernel just ahead in the stream. No host sync, no allocation: safe inside a CUDA graph.
+    one call after another. flags int32 [cut.num_flags]: filled with 0 before each call. following: what a later launch will begin with.
+    The plan may be written by the kernel just ahead in the stream. No host sync, no allocation: safe inside a CUDA graph.
     """
     base_weights, banks_a, banks_b = tuple(base_weights), tuple(banks_a), tuple(banks_b)
     if x.dim() != 2 or x.shape[0] == 0:
@@ -380,6 +388,7 @@ def crowd(
     ranks = banks_a[0].shape[0] if gates is not None else 0
     cut = cut or cut_for(tokens, features, widths, ranks, x.dtype, processors=launch.processors(x))
     _check(x, base_weights, out, banks_a, banks_b, gates, r, h, partial, flags, cut)
+    following = Following.on(x, following)
     with torch.cuda.device_of(x):
         _crowd_kernel[(cut.shrinks + cut.programs,)](
             x,
@@ -395,6 +404,8 @@ def crowd(
             out.stride(0),
             tokens,
             cut.shrinks,
+            following.weight,
+            following.part(cut.programs),
             widths=widths,
             O_TILES=sum(cdiv(width, cut.block_o) for width in widths),
             I=features,
@@ -411,6 +422,8 @@ def crowd(
             PER_LINE=LINE // x.element_size(),
             EVEN_O=all(width % cut.block_o == 0 for width in widths),
             ALIGNED=aligned_rows(features, *base_weights, *banks_a) and all(map(aligned_rows, widths, banks_b)),
+            FOLLOWING=following.weight is not None,
+            THREADS=32 * cut.num_warps,
             num_warps=cut.num_warps,
             num_stages=cut.num_stages,
             **launch.launch_options(pdl),

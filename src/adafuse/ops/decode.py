@@ -45,11 +45,14 @@ from adafuse.ops.chosen import Chosen
 from adafuse.ops.fragments import STEP, fragment_products, fragment_sum, held_fragments
 from adafuse.ops.launch import cdiv, has_mma, launch_options, next_power_of_2, processors, since_hopper
 from adafuse.ops.ranks import (
+    Following,
+    bits_of,
     expand_ref,
     held_rows,
     look,
     once_written,
     pick_part,
+    prefetch_part,
     products_of,
     rank_rows,
     shrink_block,
@@ -167,7 +170,7 @@ def _expanded(tile, bits, h, mask, BLOCK_T: tl.constexpr, THREADS: tl.constexpr)
     return tl.sum(of_threads.reshape(BLOCK_T, THREADS // BLOCK_T, tile.shape[1]), 1)
 
 
-@triton.jit(do_not_specialize=["zero", "places", "seconds"])
+@triton.jit(do_not_specialize=["zero", "places", "seconds", "following_from", "following_bytes"])
 def _decode_kernel(
     x,
     base_weights,
@@ -183,6 +186,11 @@ def _decode_kernel(
     shared_scale,
     places,
     seconds,
+    following,
+    following_from,
+    following_bytes,
+    following_a,
+    following_experts,
     zero,
     widths: tl.constexpr,
     T: tl.constexpr,
@@ -206,6 +214,8 @@ def _decode_kernel(
     THREADS: tl.constexpr,
     ALIGNED: tl.constexpr,
     AFTER_PLAN: tl.constexpr,
+    FOLLOWING: tl.constexpr,
+    I_FOLLOWING: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The first SHRINKS programs compute h, BLOCK_SHRINK ranks of a token each; the others a tile of BLOCK_O outputs of a linear, all
@@ -223,7 +233,7 @@ def _decode_kernel(
                 x, banks_a, experts, weights, h, stride_x, shared_row, shared_scale, zero,
                 pid % (SHRINKS // T), pid // (SHRINKS // T),
                 T, I, K, r, S, BLOCK_SHRINK, CHUNK, ALIGNED, COPIES, PDL and not AFTER_PLAN,
-                banks_b, widths, THREADS if PREFETCH else 0,
+                banks_b, widths, THREADS if PREFETCH else 0, following_a, following_experts, I_FOLLOWING if PREFETCH else 0,
             )  # fmt: skip
             return
     tile = pid - SHRINKS
@@ -259,6 +269,10 @@ def _decode_kernel(
             bits = bits + (look(h + token * (len(base_weights) * J) + j, there),)  # noqa: RUF005 - Triton's tuples
     tokens = tl.arange(0, BLOCK_T)
     sums = _sums_of_all(products, T, PARTS, STEPS, BLOCK_T, THREADS // 32)
+    if FOLLOWING:  # noqa: SIM102 - nested, so that the first is decided by the compiler
+        if pid >= following_from:
+            come = tl.sum(tl.ravel(bits_of(sums[0]) & zero), 0)  # 0, once the program's own rows are there
+            prefetch_part(following, pid - following_from, following_bytes + come, THREADS)
     if J > 0 and T == 1:  # noqa: SIM102 - nested, so that the first is decided by the compiler
         if tile < seconds:
             w2, linear2, block2, column2, width2 = tile_of(
@@ -349,6 +363,7 @@ def decode(
     h=None,
     after_plan=False,
     pdl=False,
+    following: Following | None = None,
     tile: Tile | None = None,
 ):
     """out[t, column(m) + o] = sum_i base_weights[m][o, i] x[t, i] + sum_j banks_b[m][row(t, j), o] h[t, m, j], with
@@ -359,7 +374,8 @@ def decode(
     all of the dtype of x. h [C, T, M, J] int32: C (`copies_of_h`) copies,
     filled with EMPTY before each call: programs read it when it is no longer so.
     out [T, O_1 + ... + O_M], written whole, the linears' outputs side by side. Summed in fp32. after_plan: the kernel ahead
-    in the stream is the one that writes `chosen`. No host sync, no allocation: safe inside a CUDA graph.
+    in the stream is the one that writes `chosen`. following: what a later launch will begin with.
+    No host sync, no allocation: safe inside a CUDA graph.
     """
     check(x, chosen, base_weights=base_weights, banks_a=banks_a, banks_b=banks_b, out=(out,))
     if chosen:
@@ -372,6 +388,9 @@ def decode(
     adapted = chosen is not None
     cut = _cut(tile, tokens, features, widths, chosen.active if adapted else 0, tensor_cores, pdl, processors(x))
     aligned = base_aligned and cut.even and aligned_rows(features, *banks_a, *banks_b)
+    following = Following.on(x, following)
+    following_a = adapted and bool(following.banks_a)
+    last = min(cut.grid[0], processors(x) * max(1, tile.resident))  # programs that end together
     with torch.cuda.device_of(x):
         _decode_kernel[cut.grid](
             x,
@@ -388,6 +407,11 @@ def decode(
             chosen.shared_scale if adapted else 0.0,
             cut.places,
             cut.seconds,
+            following.weight,
+            cut.grid[0] - last,
+            following.part(last),
+            following.banks_a if following_a else None,
+            following.chosen.experts if following_a else None,
             0,
             K=chosen.experts.shape[1] if adapted else 0,
             r=chosen.r if adapted else 1,
@@ -396,6 +420,8 @@ def decode(
             PREFETCH=aligned and since_hopper(x),
             ALIGNED=aligned,
             AFTER_PLAN=after_plan,
+            FOLLOWING=following.weight is not None,
+            I_FOLLOWING=following.banks_a[0].shape[1] if following_a else 0,
             **cut.constants,
             **launch_options(pdl, maxnreg=tile.maxnreg if tokens == 1 or tensor_cores else None),
         )

@@ -8,12 +8,15 @@ h is EMPTY until written. What looks at it is not cached near the processor, and
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from adafuse.ops.checks import aligned_rows
 from adafuse.ops.chosen import Chosen
-from adafuse.ops.launch import INTERPRETED
+from adafuse.ops.launch import INTERPRETED, since_hopper
 
 EMPTY = tl.constexpr(-1)  # the bits of a NaN that no computation makes
 QUIET_NAN = tl.constexpr(0x7FC00000)
@@ -34,6 +37,38 @@ def shrink_ref(x, banks_a, chosen: Chosen):
 def expand_ref(h, b, chosen: Chosen):
     """What `expand` adds, in plain PyTorch: sum_j b[row(t, j)] h[t, j], for one linear. h [T, J] -> [T, O]."""
     return torch.einsum("tjo,tj->to", b[chosen.rows()], h)
+
+
+class Following(NamedTuple):
+    """What a later launch will read. The last programs of this one ask for the first num_bytes of `weight` into the L2 cache, so that
+    memory works while it ends and while small kernels run in between; the first programs of `decode` ask for the rows of `banks_a` that
+    `chosen` will have read. Nothing waits for it, and nothing but time depends on it; GPUs before Hopper go without.
+    """
+
+    weight: torch.Tensor
+    num_bytes: int
+    banks_a: tuple = ()
+    chosen: Chosen | None = None
+
+    @classmethod
+    def on(cls, x, following: Following | None) -> Following:
+        """For a launch on the device of x: without what cannot be asked for there."""
+        if following is None or not (INTERPRETED.value or since_hopper(x)) or following.weight.data_ptr() % 16:
+            return NOTHING
+        banks_a = following.banks_a
+        if not banks_a or not aligned_rows(banks_a[0].shape[1], *banks_a):
+            return following._replace(banks_a=(), chosen=None)
+        return following
+
+    def part(self, programs: int) -> int:
+        """Bytes that each of so many programs asks for."""
+        if self.weight is None:
+            return 0
+        most = self.weight.numel() * self.weight.element_size()
+        return min(self.num_bytes, most) // programs // 16 * 16
+
+
+NOTHING = Following(None, 0)
 
 
 # --- rows of matrices, whole, in registers ---------------------------------------------------------------------------------
@@ -90,8 +125,13 @@ def held_rows(matrix, row, zero, I: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: 
 @triton.jit
 def prefetch_rows(matrix, row, width, there):
     """Asks for rows of a matrix of `width` columns, a multiple of 16 bytes, into the L2 cache: a thread, a row, if it is `there`."""
-    pointers = matrix + row.to(tl.int64) * width
     num_bytes = tl.where(there, width * (matrix.dtype.element_ty.primitive_bitwidth // 8), 0)
+    prefetch(matrix + row.to(tl.int64) * width, num_bytes)
+
+
+@triton.jit
+def prefetch(pointers, num_bytes):
+    """Asks for so many bytes, multiples of 16, from each of the pointers on, into the L2 cache."""
     if not INTERPRETED:
         tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.gt.s32 p, $2, 0; mov.b32 $0, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; }",
@@ -101,6 +141,14 @@ def prefetch_rows(matrix, row, width, there):
             is_pure=False,
             pack=1,
         )
+
+
+@triton.jit
+def prefetch_part(matrix, part, num_bytes, THREADS: tl.constexpr):
+    """Asks for the bytes part * num_bytes .. (part + 1) * num_bytes - 1 of a matrix, by one thread of the program's."""
+    thread = tl.arange(0, THREADS)
+    start = part.to(tl.int64) * num_bytes // (matrix.dtype.element_ty.primitive_bitwidth // 8)
+    prefetch(matrix + start + thread * 0, tl.where(thread == 0, num_bytes, 0))
 
 
 @triton.jit
@@ -143,10 +191,14 @@ def shrink_block(
     banks_b=None,
     widths: tl.constexpr = None,
     THREADS: tl.constexpr = 0,
+    following_a=None,
+    following_experts=None,
+    I_FOLLOWING: tl.constexpr = 0,
 ):
     """BLOCK_J active ranks of one linear for one token: block `pid` of the linears' blocks, one linear after another.
 
-    With THREADS, also asks for the ranks' rows of B: others will read them, a piece each, from the L2 cache.
+    With THREADS, also asks for the ranks' rows of B: others will read them, a piece each, from the L2 cache. With I_FOLLOWING, for the
+    same ranks' rows of the A of a later launch, too.
     """
     J: tl.constexpr = K * r + S
     BLOCKS: tl.constexpr = (J + BLOCK_J - 1) // BLOCK_J
@@ -160,6 +212,11 @@ def shrink_block(
         b, width = pick_part(banks_b, linear), pick_part(widths, linear)
         row = rank_rows(experts, token, shared_row, rank, K, r, S)
         prefetch_rows(b, row, width, (thread < BLOCK_J) & (rank < J))
+        if I_FOLLOWING > 0:  # noqa: SIM102 - nested, so that the first is decided by the compiler
+            if linear == 0:
+                row = rank_rows(following_experts, token, shared_row, rank, K, r, S)
+                for m in tl.static_range(len(following_a)):
+                    prefetch_rows(following_a[m], row, I_FOLLOWING, (thread < BLOCK_J) & (rank < J))
     scale = tl.load(weights + token * K + tl.minimum(j // r, K - 1))
     scale = tl.where(j < K * r, scale, shared_scale)
     if WAIT:
