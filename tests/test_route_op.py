@@ -71,6 +71,27 @@ def test_the_kernels_route_as_the_router(size, dtype, router_dtype):
     torch.testing.assert_close(weights, plain[1])
 
 
+def test_decisions_may_lie_apart():
+    tokens, top_k, decisions = 3, 2, 4
+    router = Router(40, 6, top_k, num_decisions=decisions, device=DEVICE).requires_grad_(False)
+    h0 = torch.randn(tokens, 40, device=DEVICE)
+    logits = torch.empty(tokens, decisions * 6, device=DEVICE)
+    rooms = [torch.full((decisions, 50), -7, dtype=dtype, device=DEVICE) for dtype in (torch.int32, torch.float32)]
+    gates = torch.zeros(decisions, 30, device=DEVICE)
+    experts, weights = (room.as_strided((decisions, tokens, top_k), (50, top_k, 1)) for room in rooms)
+    apart = gates.as_strided((decisions, tokens, 7), (30, 7, 1))
+    route(h0, router.weight, experts, weights, num_experts=6, scale=2.0, logits=logits, gates=apart)
+    wanted = routed(router, h0)
+    assert torch.equal(experts, wanted[0])
+    assert torch.equal(weights, wanted[1])
+    assert torch.equal(apart, dense_gates(*wanted, 6, 0.0))
+    assert all((room[:, tokens * top_k :] == -7).all() for room in rooms)  # nothing else is written
+    with pytest.raises(ValueError, match="they must be the same"):
+        route(h0, router.weight, experts, weights.contiguous(), num_experts=6, scale=2.0, logits=logits)
+    with pytest.raises(ValueError, match="but for where decisions begin"):
+        route(h0, router.weight, experts.mT.contiguous().mT, weights, num_experts=6, scale=2.0, logits=logits)
+
+
 def test_ties_go_to_the_lower_index():
     router = Router(16, 8, 3, device=DEVICE).requires_grad_(False)
     router.weight.zero_()

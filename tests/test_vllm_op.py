@@ -113,7 +113,7 @@ def test_delta_of_a_step_equals_loops(form, tokens, shared_rank):
         assert torch.equal(step.route(h0, starts), h0)
         for decision in range(2):
             found = y.clone()
-            add(found, x, a, b, [0, OUT[0]], step.routing, decision, step.shape)
+            add(found, x, a, b, [0, OUT[0]], step.by_decision[decision], step.shape)
             torch.testing.assert_close(
                 found.double(), by_loops(y, x, a, b, step, h0, decision, starts, bare), rtol=1e-5, atol=1e-5
             )
@@ -130,7 +130,7 @@ def test_delta_in_bf16(form, tokens):
     h0, y, x, a, b = case(tokens, torch.bfloat16, step)
     step.route(h0, starts)
     found = y.clone()
-    (add_by_kernels if form == "kernels" else add_dense)(found, x, a, b, [0, OUT[0]], step.routing, 0, step.shape)
+    (add_by_kernels if form == "kernels" else add_dense)(found, x, a, b, [0, OUT[0]], step.by_decision[0], step.shape)
     right = by_loops(y, x, a, b, step, h0, 0, starts, [False] * REQUESTS)
     torch.testing.assert_close(found.double(), right, rtol=3e-2, atol=3e-2)
 
@@ -163,7 +163,7 @@ def test_the_operation_is_one_that_torch_compile_keeps():
     step = make_step(kernels=False, decisions=1)
     h0, y, x, a, b = case(7, torch.float32, step)
     step.route(h0, spread(7, 0))
-    arguments = (x, a, b, [0, OUT[0]], list(step.routing), 0, list(step.shape))
+    arguments = (x, a, b, [0, OUT[0]], list(step.by_decision[0]), list(step.shape))
     if DEVICE.type == "cpu":
         torch.library.opcheck(torch.ops.adafuse.add_delta.default, (y.clone(), *arguments))
 
@@ -204,7 +204,7 @@ def check_layers(step, tokens, dtype, widths=OUT, bare=(False, True, False, Fals
     without = without_adapter(starts, bare, tokens)
 
     def compute(b, decision):
-        return linear_by_kernels(x, weight, a, b, step.routing, step.rooms[decision], decision, step.shape)
+        return linear_by_kernels(x, weight, a, b, step.by_decision[decision], step.rooms[decision], step.shape)
 
     step.route(h0, starts)
     found = [compute(b, decision) for decision in range(step.shape.decisions)]
@@ -252,8 +252,8 @@ def test_a_layer_may_get_other_weights(form, monkeypatch):
     weakref.finalize(weight, freed.append, "freed")
     for matrix in (first, second):
         weight.data = matrix
-        found = linear_by_kernels(x, weight, a, b, step.routing, step.rooms[0], 0, step.shape)
-        wanted = linear_dense(x, matrix, a, b, step.routing, 0, step.shape)
+        found = linear_by_kernels(x, weight, a, b, step.by_decision[0], step.rooms[0], step.shape)
+        wanted = linear_dense(x, matrix, a, b, step.by_decision[0], step.shape)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     del weight
     assert freed
@@ -298,11 +298,11 @@ def test_layers_of_a_step_may_differ(tokens):
     for widths, room in rooms.items():
         h0, y, x, a, b = case(tokens, torch.float32, step, widths or OUT)
         if widths is None:
-            add_by_kernels(found := y.clone(), x, a, b, [0, OUT[0]], step.routing, 0, step.shape)
+            add_by_kernels(found := y.clone(), x, a, b, [0, OUT[0]], step.by_decision[0], step.shape)
         else:
             weight = torch.randn(sum(widths), IN, device=DEVICE)
             y = x.double() @ weight.double().T
-            found = linear_by_kernels(x, weight, a, b, step.routing, room, 0, step.shape)
+            found = linear_by_kernels(x, weight, a, b, step.by_decision[0], room, step.shape)
         right = by_loops(y, x, a, b, step, h0, 0, starts, bare)
         torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5)
 
@@ -329,7 +329,7 @@ def test_a_whole_linear_in_plain_pytorch_equals_loops():
     weight = torch.randn(sum(OUT), IN, device=DEVICE)
     step.route(h0, starts)
     for decision in range(2):
-        y = linear_dense(x, weight, a, b, step.routing, decision, step.shape)
+        y = linear_dense(x, weight, a, b, step.by_decision[decision], step.shape)
         right = by_loops(x.double() @ weight.double().T, x, a, b, step, h0, decision, starts, bare)
         torch.testing.assert_close(y.double(), right, rtol=1e-5, atol=1e-5)
 
@@ -338,7 +338,7 @@ def test_torch_compile_keeps_a_whole_linear():
     step = make_step(kernels=DEVICE.type == "cuda", decisions=1, widths=OUT)
     h0, _, x, a, b = case(7, torch.float32, step)
     weight = torch.randn(sum(OUT), IN, device=DEVICE)
-    routed = (a, b, list(step.routing), list(step.rooms[0]), 0, list(step.shape))
+    routed = (a, b, list(step.by_decision[0]), list(step.rooms[0]), list(step.shape))
     step.route(h0, spread(7, 0))
     if DEVICE.type == "cpu":
         torch.library.opcheck(torch.ops.adafuse.adapted_linear.default, (x[None], weight, *routed))
@@ -358,7 +358,7 @@ def test_a_cuda_graph_holds_step_and_linears(tokens, shared_rank):
     step = make_step(torch.bfloat16, kernels=True, decisions=1, widths=OUT, shared_rank=shared_rank)
     h0, _, x, a, b = case(tokens, torch.bfloat16, step)
     weight, starts = torch.randn(sum(OUT), IN, device=DEVICE).bfloat16(), spread(tokens, 0)
-    routed = (a, b, list(step.routing), list(step.rooms[0]), 0, list(step.shape))
+    routed = (a, b, list(step.by_decision[0]), list(step.rooms[0]), list(step.shape))
 
     def run():
         step.route(h0, starts)

@@ -16,6 +16,7 @@ from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import cdiv, launch_options, next_power_of_2, wait_for_inputs
 
 RMS_EPS = tl.constexpr(1e-6)
+BY_DECISION = ("experts", "weights", "gates")
 
 
 class Requests(NamedTuple):
@@ -91,7 +92,7 @@ def _adapted(starts, adapted, requests, token):
     return tl.load(adapted + before, mask=before < requests, other=0.0)
 
 
-@triton.jit(do_not_specialize=["requests"])
+@triton.jit(do_not_specialize=["requests", "stride_chosen", "stride_gates"])
 def _choose_kernel(
     logits,
     experts,
@@ -102,6 +103,8 @@ def _choose_kernel(
     shared,
     load,
     requests,
+    stride_chosen,
+    stride_gates,
     scale,
     shared_scale,
     D: tl.constexpr,
@@ -114,7 +117,7 @@ def _choose_kernel(
     PDL: tl.constexpr,
 ):
     """A program: one decision for one token. Grid (D, T)."""
-    decision, token, tokens = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    decision, token = tl.program_id(0), tl.program_id(1)
     wait_for_inputs(PDL)
     if REQUESTS:
         share = _adapted(starts, adapted, requests, token)
@@ -136,10 +139,10 @@ def _choose_kernel(
     if K > 1:
         total = tl.sum(kept, 0)
         kept, by_expert = kept / total, by_expert / total
-    where = (decision * tokens + token) * K + k
+    where = decision.to(tl.int64) * stride_chosen + token * K + k
     tl.store(experts + where, chosen, mask=k < K)
     tl.store(weights + where, kept * scale, mask=k < K)
-    gate = gates + (decision * tokens + token) * (E + 1) if GATES else gates
+    gate = gates + decision.to(tl.int64) * stride_gates + token * (E + 1) if GATES else gates
     if GATES:
         tl.store(gate + e, by_expert * scale, mask=e < E)
     if REQUESTS:
@@ -155,7 +158,8 @@ def route(
     h0, weight, experts, weights, *, num_experts, scale, logits, hidden=None, hidden_out=None, gates=None, requests: Requests | None = None,
     pdl=False,
 ):  # fmt: skip
-    """Write the routing of the tokens h0 [T, H] into experts [D, T, K] int32 and weights [D, T, K] fp32 (times `scale`).
+    """Write the routing of the tokens h0 [T, H] into experts [D, T, K] int32 and weights [D, T, K] fp32 (times `scale`), whose decisions
+    may lie apart, equally far in both.
 
     gates [D, T, E + 1] fp32: the same by expert, 0 where not chosen; the last column, the shared expert's, is left as it is, unless there
     are requests.
@@ -178,6 +182,8 @@ def route(
             weights,
             gates,
             *_of_requests(requests, experts),
+            experts.stride(0),
+            gates.stride(0) if gates is not None else 0,
             scale,
             requests.shared_scale if requests else 0.0,
             D=decisions,
@@ -247,8 +253,14 @@ def _check(h0, weight, experts, weights, logits, num_experts, hidden, hidden_out
             raise ValueError(
                 f"{name} must be {dtype} {list(shape)} on {h0.device}, got {tensor.dtype} {list(tensor.shape)}"
             )
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
+        apart = name in BY_DECISION  # whose decisions may lie apart
+        if not (tensor[0] if apart else tensor).is_contiguous():
+            of_what = ", but for where decisions begin" if apart else ""
+            raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous{of_what}")
+    if experts.stride(0) != weights.stride(0):
+        raise ValueError(
+            f"experts has strides {experts.stride()} and weights {weights.stride()}; they must be the same"
+        )
     if len(h0) != tokens or h0.stride(1) != 1:
         raise ValueError(
             f"h0 is {list(h0.shape)}, strides {h0.stride()}; it must be {tokens} tokens with contiguous rows"

@@ -10,38 +10,48 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from adafuse.costs import CROWD_TOKENS
-from adafuse.integrations.vllm.op import Group, Room, Routing, Shape, add_by_kernels, chosen_of, gates_of, tiles, view
+from adafuse.integrations.vllm.op import (
+    Group,
+    Room,
+    Routing,
+    Shape,
+    add_by_kernels,
+    aligned,
+    chosen_of,
+    gates_of,
+    tiles,
+    view,
+)
 from adafuse.ops.batch import shrink_tiles
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import decode
 from adafuse.ops.gated import linear_gated
-from adafuse.ops.launch import cdiv, processors
+from adafuse.ops.launch import processors
 from adafuse.ops.matmul import matmul_tiles
 from adafuse.ops.ranks import copies_of_h
 
-ALIGNED = 4  # int32: kernels are compiled once more for what begins elsewhere than on 16 bytes
 # By a layer's weight, as long as that is there.
 _layers = WeakTensorKeyDictionary()
 
 
-def linear_by_kernels(x, weight, a, b, routing: Routing, room: Room, decision: int, shape: Shape):
+def linear_by_kernels(x, weight, a, b, routing: Routing, room: Room, shape: Shape):
     """`adapted_linear` in the form that is expected to be cheapest. No host sync: safe inside a CUDA graph.
 
-    x [T, I], weight [O_1 + ... + O_M, I]; for each linear a [R, I] and b [R, O_m], all of one dtype. room: the layer's.
-    decision: which of the routing's the layer's block follows.
+    x [T, I], weight [O_1 + ... + O_M, I]; for each linear a [R, I] and b [R, O_m], all of one dtype. routing: of the
+    decision that the layer's block follows. room: the layer's.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     group, tokens = Group.of(x, b, shape), x.shape[0]
     form = group.form(tokens)
     if form == "decode":
-        return _decode(x, weight, a, b, group, chosen_of(routing, decision, tokens, shape), room.h)
+        return _decode(x, weight, a, b, group, chosen_of(routing, tokens, shape), room.h)
     if form == "crowd":
-        return _crowd(x, weight, a, b, group, gates_of(routing, decision, tokens, shape), room.flags)
+        return _crowd(x, weight, a, b, group, gates_of(routing, tokens, shape), room.flags)
     if form == "tiles":
         y = torch.nn.functional.linear(x, weight)
-        add_by_kernels(y, x, a, b, group.columns, routing, decision, shape)
+        add_by_kernels(y, x, a, b, group.columns, routing, shape)
         return y
-    found, layer = tiles(routing, decision, tokens, shape), Matrices.of(weight, a, b, group)
+    found, layer = tiles(routing, tokens, shape), Matrices.of(weight, a, b, group)
     if form == "gated":
         return linear_gated(x, layer.weight, a, b, found, known=layer.known)
     h = shrink_tiles(x, layer.a, found, known=layer.known)
@@ -101,7 +111,7 @@ def _cut(group, tokens, num_processors):
 def room_of(group: Group, max_tokens: int, num_processors: int) -> tuple[int, ...]:
     """How many int32 of a row of each buffer of `Room` a layer's launches use, in steps of up to max_tokens tokens."""
     sizes = [_handed(group, tokens, num_processors) for tokens in range(1, min(max_tokens, CROWD_TOKENS) + 1)]
-    return tuple(cdiv(max(each), ALIGNED) * ALIGNED for each in zip(*sizes, strict=True))
+    return tuple(aligned(max(each)) for each in zip(*sizes, strict=True))
 
 
 def _handed(group, tokens, num_processors):

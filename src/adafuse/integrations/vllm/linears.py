@@ -48,7 +48,7 @@ class AddedMethod:
         y = super().apply(layer, x, bias)
         adapter = layer.adafuse
         a, b, routing = (_buffers(layer, names) for names in adapter[:3])
-        torch.ops.adafuse.add_delta(y, x, a, b, adapter.columns, routing, adapter.decision, adapter.shape)
+        torch.ops.adafuse.add_delta(y, x, a, b, adapter.columns, routing, adapter.shape)
         return y
 
 
@@ -58,7 +58,7 @@ class WholeMethod:
     def apply(self, layer, x, bias=None):
         adapter = layer.adafuse
         a, b, routing, room = (_buffers(layer, names) for names in adapter[:4])
-        y = torch.ops.adafuse.adapted_linear(x, layer.weight, a, b, routing, room, adapter.decision, adapter.shape)
+        y = torch.ops.adafuse.adapted_linear(x, layer.weight, a, b, routing, room, adapter.shape)
         return y if bias is None else y + bias
 
 
@@ -73,7 +73,6 @@ class Adapter(NamedTuple):
     routing: list[str]
     room: list[str]
     columns: list[int]
-    decision: int
     shape: list[int]
 
 
@@ -155,8 +154,9 @@ def adapt(layer: LinearBase, found: list[Piece], tensors: dict, step: Step, deci
     names = [
         _register(layer, {f"{name}{n}": part for n, part in enumerate(parts)}) for name, parts in (("a", a), ("b", b))
     ]
-    routing, columns = _register(layer, step.routing._asdict()), [piece.column for piece in found]
-    layer.adafuse = Adapter(*names, routing, _names(Room._fields), columns, decision, list(step.shape))
+    routing = _register(layer, step.by_decision[decision]._asdict())
+    columns = [piece.column for piece in found]
+    layer.adafuse = Adapter(*names, routing, _names(Room._fields), columns, list(step.shape))
     layer.quant_method = _adapted(layer.quant_method, AddedMethod if group is None else WholeMethod)
     return step.join(group)
 

@@ -21,17 +21,17 @@ from adafuse.costs import CROWD_TOKENS, FEW_TOKENS, H100, Device, Layer, fused_f
 # Up to here `ops.crowd` may read all experts, of the base's weights: with 0.17 it took 0.83 of the time of "tiles" and 0.92 of that of
 # "gated" (32 tokens of Llama-2-7B, r 64, docs/kernels.md).
 CROWD_READS = 0.25
+ALIGNED = 4  # numbers of 4 bytes
 FORMS = ("decode", "crowd", "gated", "tiles", "matmul")  # of `costs.FORMS`
 _library = torch.library.Library("adafuse", "FRAGMENT")
 _library.define(
-    "add_delta(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, int[] columns, Tensor[] routing, int decision, "
-    "int[] shape) -> ()"
+    "add_delta(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, int[] columns, Tensor[] routing, int[] shape) -> ()"
 )
 # Functional for a graph, though programs of one launch hand things over in `room`: no other operation reads the layer's. Nothing but
-# tensors tells a layer from the next: vLLM compiles all layers' graphs as one (Llama-2-13B took 98 s with a number a layer,
-# the bare base 46: results/h200/exploration.json, run 5).
+# tensors tells a layer from the next, not even the decision that it follows: vLLM compiles all layers' graphs as one (Llama-2-13B
+# took 98 s with a number a layer, the bare base 46: results/h200/exploration.json, run 5).
 _library.define(
-    "adapted_linear(Tensor x, Tensor weight, Tensor[] a, Tensor[] b, Tensor[] routing, Tensor[] room, int decision, "
+    "adapted_linear(Tensor x, Tensor weight, Tensor[] a, Tensor[] b, Tensor[] routing, Tensor[] room, "
     "int[] shape) -> Tensor"
 )
 
@@ -52,12 +52,13 @@ class Shape(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """The buffers of a step, flat, each with room for the largest: T tokens use the first elements of each.
+    """The buffers of a step, a row for each decision [D, size], or those of one decision [size]. Each has room for the largest step: T
+    tokens use the first elements of a row.
 
-    experts [D, T, K] int32 and weights [D, T, K] fp32 (times alpha / r); shared [T] fp32: the shared expert's scale;
-    gates [D, T, E + 1] fp32: each expert's weight by token, then the shared expert's. All weights of tokens without
-    adapter are 0. order [D, T], counts [D, tiles], blocks [D, tiles, num_blocks] int32: the tokens sorted into tiles
-    (`ops.layout.Tiles`). What a device has no use for is empty.
+    Of a decision: experts [T, K] int32 and weights [T, K] fp32 (times alpha / r); gates [T, E + 1] fp32: each expert's weight by
+    token, then the shared expert's. All weights of tokens without adapter are 0. order [T], counts [tiles], blocks [tiles, num_blocks]
+    int32: the tokens sorted into tiles (`ops.layout.Tiles`). What a device has no use for is empty. shared [T] fp32, of all decisions:
+    the shared expert's scale.
     """
 
     experts: torch.Tensor
@@ -67,6 +68,11 @@ class Routing(NamedTuple):
     order: torch.Tensor
     counts: torch.Tensor
     blocks: torch.Tensor
+
+    def each(self) -> list[Routing]:
+        """Those of each decision, as the operations take them."""
+        rows = zip(*(getattr(self, name) for name in self._fields if name != "shared"), strict=True)
+        return [Routing(*row[:2], self.shared, *row[2:]) for row in rows]
 
 
 class Room(NamedTuple):
@@ -129,19 +135,25 @@ class Group(NamedTuple):
 
 
 def view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
-    """The first elements of a flat buffer, as a tensor of this shape."""
-    return part(buffer, 0, *shape)
-
-
-def part(buffer: torch.Tensor, decision: int, *shape: int) -> torch.Tensor:
-    """Those of one decision, of several that are as large and lie one behind the other. In one call, for the host's sake."""
+    """The first elements of a flat buffer, as a tensor of this shape. In one call, for the host's sake."""
     size, strides = 1, []
     for n in reversed(shape):
         strides.append(size)
         size *= n
-    if (decision + 1) * size > buffer.numel():
-        raise ValueError(f"{list(shape)} of decision {decision} do not fit into a buffer of {buffer.numel()}")
-    return buffer.as_strided(shape, strides[::-1], buffer.storage_offset() + decision * size)
+    if size > buffer.numel():
+        raise ValueError(f"{list(shape)} do not fit into a buffer of {buffer.numel()}")
+    return buffer.as_strided(shape, strides[::-1])
+
+
+def views(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
+    """The same of each row of a buffer [D, size]: [D, *shape]."""
+    first = view(buffer[0], *shape)
+    return buffer.as_strided((len(buffer), *shape), (buffer.stride(0), *first.stride()))
+
+
+def aligned(size: int) -> int:
+    """A row's size, rounded up so that the next begins on 16 bytes: kernels are compiled once more for what begins elsewhere."""
+    return -(-size // ALIGNED) * ALIGNED
 
 
 def few(tokens: int) -> bool:
@@ -149,13 +161,13 @@ def few(tokens: int) -> bool:
     return tokens <= FEW_TOKENS
 
 
-def add_dense(y, x, a, b, columns, routing: Routing, decision: int, shape: Shape):
+def add_dense(y, x, a, b, columns, routing: Routing, shape: Shape):
     """`add_delta` in plain PyTorch: all experts computed, masked in rank space.
 
     y [T, O], changed in place, x [T, I]; for each linear a [R, I] and b [R, O_m], of x's dtype, and the first of its
-    columns in y. decision: which of the routing's decisions the linears' block follows.
+    columns in y. routing: of the decision that the linears' block follows.
     """
-    gates = gates_of(routing, decision, len(x), shape).to(x.dtype)
+    gates = gates_of(routing, len(x), shape).to(x.dtype)
     mask = gates[:, :-1].repeat_interleave(shape.r, dim=1)
     if shape.shared_rank:
         mask = torch.cat([mask, gates[:, -1:].expand(-1, shape.shared_rank)], dim=1)
@@ -168,21 +180,21 @@ def add_dense(y, x, a, b, columns, routing: Routing, decision: int, shape: Shape
             part.add_(h @ b_m)
 
 
-def linear_dense(x, weight, a, b, routing: Routing, decision: int, shape: Shape):
+def linear_dense(x, weight, a, b, routing: Routing, shape: Shape):
     """`adapted_linear` in plain PyTorch. x [T, I], weight [O_1 + ... + O_M, I], the others as of `add_dense` -> y."""
     y = torch.nn.functional.linear(x, weight)
-    add_dense(y, x, a, b, Group.of(x, b, shape).columns, routing, decision, shape)
+    add_dense(y, x, a, b, Group.of(x, b, shape).columns, routing, shape)
     return y
 
 
-def add_by_kernels(y, x, a, b, columns, routing: Routing, decision: int, shape: Shape):
+def add_by_kernels(y, x, a, b, columns, routing: Routing, shape: Shape):
     """`add_delta` by the Triton kernels: arguments as of `add_dense`. No host sync: safe inside a CUDA graph."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     parts = [y[:, column : column + b_m.shape[1]] for b_m, column in zip(b, columns, strict=True)]
     if few(len(x)):
-        _add_few(parts, x, a, b, routing, decision, shape)
+        _add_few(parts, x, a, b, routing, shape)
     else:
-        _add_many(y, parts, x, a, b, tiles(routing, decision, len(x), shape), shape)
+        _add_many(y, parts, x, a, b, tiles(routing, len(x), shape), shape)
 
 
 def _add_many(y, parts, x, a, b, found, shape):
@@ -200,11 +212,11 @@ def _add_many(y, parts, x, a, b, found, shape):
         add_delta_tiles(tuple(parts), x, tuple(a), tuple(b), found, pdl=since_hopper(x))
 
 
-def _add_few(parts, x, a, b, routing, decision, shape):
+def _add_few(parts, x, a, b, routing, shape):
     from adafuse.ops.beside import expand, shrink
     from adafuse.ops.launch import since_hopper
 
-    chosen, pdl = chosen_of(routing, decision, len(x), shape), since_hopper(x)
+    chosen, pdl = chosen_of(routing, len(x), shape), since_hopper(x)
     h = torch.empty(len(x), len(a), chosen.active, dtype=torch.int32, device=x.device)
     shrink(x, tuple(a), chosen, h, pdl=pdl)
     if shape.shared_rank:  # the kernel knows one scale for all tokens, but some have no adapter
@@ -214,29 +226,29 @@ def _add_few(parts, x, a, b, routing, decision, shape):
         expand(h[:, m], b_m, chosen, part, pdl=pdl)
 
 
-def chosen_of(routing: Routing, decision: int, tokens: int, shape: Shape):
-    """The `ops.chosen.Chosen` of one decision of a step, as views of its buffers. The shared expert's scale is 1."""
+def chosen_of(routing: Routing, tokens: int, shape: Shape):
+    """The `ops.chosen.Chosen` of a step, as views of its buffers. The shared expert's scale is 1."""
     from adafuse.ops.chosen import Chosen
 
-    experts, weights = (part(buffer, decision, tokens, shape.top_k) for buffer in (routing.experts, routing.weights))
+    experts, weights = (view(buffer, tokens, shape.top_k) for buffer in (routing.experts, routing.weights))
     return Chosen(experts, weights, shape.num_experts, shape.r, shape.shared_rank, shared_scale=1.0)
 
 
-def gates_of(routing: Routing, decision: int, tokens: int, shape: Shape) -> torch.Tensor:
-    """[T, E + 1] fp32 of one decision of a step, as a view of its buffer."""
-    return part(routing.gates, decision, tokens, shape.num_experts + 1)
+def gates_of(routing: Routing, tokens: int, shape: Shape) -> torch.Tensor:
+    """[T, E + 1] fp32 of a step, as a view of its buffer."""
+    return view(routing.gates, tokens, shape.num_experts + 1)
 
 
-def tiles(routing: Routing, decision: int, tokens: int, shape: Shape):
-    """The `ops.layout.Tiles` of one decision of a step, as views of its buffers."""
+def tiles(routing: Routing, tokens: int, shape: Shape):
+    """The `ops.layout.Tiles` of a step, as views of its buffers."""
     from adafuse.ops.layout import Tiles
 
     block_t, block_r, num_tiles, num_blocks = tile_counts(tokens, shape)
     return Tiles(
-        order=part(routing.order, decision, tokens),
-        gates=gates_of(routing, decision, tokens, shape),
-        counts=part(routing.counts, decision, num_tiles),
-        blocks=part(routing.blocks, decision, num_tiles, num_blocks),
+        order=view(routing.order, tokens),
+        gates=gates_of(routing, tokens, shape),
+        counts=view(routing.counts, num_tiles),
+        blocks=view(routing.blocks, num_tiles, num_blocks),
         r=shape.r,
         shared_rank=shape.shared_rank,
         top_k=shape.top_k,
@@ -258,23 +270,23 @@ def _rows(x):
     return x.reshape(-1, x.shape[-1])
 
 
-def _add_on_cpu(y, x, a, b, columns, routing, decision, shape):
-    add_dense(y.view(-1, y.shape[-1]), _rows(x), a, b, columns, Routing(*routing), decision, Shape(*shape))
+def _add_on_cpu(y, x, a, b, columns, routing, shape):
+    add_dense(y.view(-1, y.shape[-1]), _rows(x), a, b, columns, Routing(*routing), Shape(*shape))
 
 
-def _add_on_cuda(y, x, a, b, columns, routing, decision, shape):
-    add_by_kernels(y.view(-1, y.shape[-1]), _rows(x), a, b, columns, Routing(*routing), decision, Shape(*shape))
+def _add_on_cuda(y, x, a, b, columns, routing, shape):
+    add_by_kernels(y.view(-1, y.shape[-1]), _rows(x), a, b, columns, Routing(*routing), Shape(*shape))
 
 
-def _linear_on_cpu(x, weight, a, b, routing, room, decision, shape):
-    return linear_dense(_rows(x), weight, a, b, Routing(*routing), decision, Shape(*shape)).view(*x.shape[:-1], -1)
+def _linear_on_cpu(x, weight, a, b, routing, room, shape):
+    return linear_dense(_rows(x), weight, a, b, Routing(*routing), Shape(*shape)).view(*x.shape[:-1], -1)
 
 
-def _linear_on_cuda(x, weight, a, b, routing, room, decision, shape):
+def _linear_on_cuda(x, weight, a, b, routing, room, shape):
     from adafuse.integrations.vllm.fused import linear_by_kernels
 
     step = Routing(*routing), Room(*room)
-    return linear_by_kernels(_rows(x), weight, a, b, *step, decision, Shape(*shape)).view(*x.shape[:-1], -1)
+    return linear_by_kernels(_rows(x), weight, a, b, *step, Shape(*shape)).view(*x.shape[:-1], -1)
 
 
 def _linear_of_fakes(x, weight, *_):

@@ -11,7 +11,7 @@ import torch
 
 from adafuse.config import AdaFuseConfig
 from adafuse.costs import CROWD_TOKENS
-from adafuse.integrations.vllm.op import Group, Room, Routing, Shape, few, tile_counts, view
+from adafuse.integrations.vllm.op import Group, Room, Routing, Shape, aligned, few, tile_counts, view, views
 from adafuse.router import Router
 
 # Up to so many tokens, or so many rows of the router times tokens, the launches of `ops.route` are taken to be quicker than two dozen of
@@ -42,28 +42,28 @@ class Step:
         self._token = torch.arange(max_tokens, dtype=torch.int32, device=device)
         self._kernels = device.type == "cuda" if kernels is None else kernels
         self.routing = self._buffers(device)
+        self.by_decision = self.routing.each()  # the same tensors for all layers: a graph has them as inputs
         self._groups: list[Group | None] = []  # of the layers
 
     def _buffers(self, device) -> Routing:
         d, tokens, shape = self.shape.decisions, self.max_tokens, self.shape
         ints, floats = ({"dtype": dtype, "device": device} for dtype in (torch.int32, torch.float32))
-        # Experts 0, not uninitialised memory: a kernel must never follow an index that was not written.
-        experts = torch.zeros(d * tokens * shape.top_k, **ints)
         order, counts, blocks = 0, 0, 0
         if self._kernels:
             # Of all sizes of a step: tiles are largest for many tokens, so their number has its peaks at powers of two.
             sizes = [tile_counts(n, shape) for n in {tokens, *(1 << i for i in range(tokens.bit_length()))}]
             most = max(num_tiles for _, _, num_tiles, _ in sizes)
-            order, counts = d * tokens, d * most
-            blocks = counts * max(num_blocks for _, _, _, num_blocks in sizes)
+            order, counts = tokens, most
+            blocks = most * max(num_blocks for _, _, _, num_blocks in sizes)
+        # Experts 0, not uninitialised memory: a kernel must never follow an index that was not written.
         return Routing(
-            experts=experts,
-            weights=torch.zeros(d * tokens * shape.top_k, **floats),
+            experts=torch.zeros(d, aligned(tokens * shape.top_k), **ints),
+            weights=torch.zeros(d, aligned(tokens * shape.top_k), **floats),
             shared=torch.zeros(tokens, **floats),
-            gates=torch.zeros(d * tokens * (shape.num_experts + 1), **floats),
-            order=torch.zeros(order, **ints),
-            counts=torch.zeros(counts, **ints),
-            blocks=torch.zeros(blocks, **ints),
+            gates=torch.zeros(d, aligned(tokens * (shape.num_experts + 1)), **floats),
+            order=torch.zeros(d, aligned(order), **ints),
+            counts=torch.zeros(d, aligned(counts), **ints),
+            blocks=torch.zeros(d, aligned(blocks), **ints),
         )
 
     def join(self, group: Group | None) -> int:
@@ -127,8 +127,8 @@ class Step:
             raise ValueError(
                 f"a step of {tokens} tokens came, with room for {self.max_tokens} (max_num_batched_tokens)"
             )
-        d, k = self.shape.decisions, self.shape.top_k
-        experts, weights = (view(buffer, d, tokens, k) for buffer in (self.routing.experts, self.routing.weights))
+        k = self.shape.top_k
+        experts, weights = (views(buffer, tokens, k) for buffer in (self.routing.experts, self.routing.weights))
         read, shared = self._read(tokens), view(self.routing.shared, tokens)
         if self._kernels and (tokens <= ROUTE_TOKENS or tokens * self._rows <= ROUTE_ROWS):
             self._choose_by_kernels(h0, experts, weights, shared, starts, "gates" in read)
@@ -182,7 +182,7 @@ class Step:
             logits=torch.empty(len(h0), len(router.weight), **rows),
             hidden=hidden,
             hidden_out=None if hidden is None else torch.empty(len(h0), len(hidden), **rows),
-            gates=view(self.routing.gates, *experts.shape[:2], router.num_experts + 1) if with_gates else None,
+            gates=views(self.routing.gates, len(h0), router.num_experts + 1) if with_gates else None,
             requests=Requests(starts, self.adapted, shared, self.config.shared_scale, self.load),
         )
 
@@ -203,7 +203,7 @@ class Step:
         return {read.get(form, beside) for form in forms}
 
     def _write_gates(self, experts, weights):
-        gates = view(self.routing.gates, *experts.shape[:2], self.shape.num_experts + 1).zero_()
+        gates = views(self.routing.gates, experts.shape[1], self.shape.num_experts + 1).zero_()
         gates.scatter_(-1, experts.long(), weights)
         self._write_shared(gates)
 
@@ -215,8 +215,8 @@ class Step:
         found = lay_out(experts, weights, num_experts=shape.num_experts, r=shape.r, shared_rank=shape.shared_rank)
         for name in ("order", "counts", "blocks", "gates"):
             part = getattr(found, name)
-            view(getattr(self.routing, name), *part.shape).copy_(part)
-        self._write_shared(view(self.routing.gates, *found.gates.shape))
+            views(getattr(self.routing, name), *part.shape[1:]).copy_(part)
+        self._write_shared(views(self.routing.gates, *found.gates.shape[1:]))
 
     def _write_shared(self, gates):
         gates[..., -1] = view(self.routing.shared, gates.shape[1])
