@@ -38,12 +38,11 @@ FEW = (
     {"resident": 0},
     {"block_o": 8},
 )
-# The same among ordinary kernels: early launch, who asks for rows a quarter at a time, and MiB of the next group's weights (with rows of
-# its A) that are asked for into the L2 cache.
-AMONG = ({}, {"pdl": True}, *({"following": n} for n in (4, 8, 16, 24)))
-AMONG_ALONE = (*AMONG, {"patient": "all"}, {"patient": "first"})
+# The same among ordinary kernels: MiB of the next group's weights (with rows of its A) that are asked for into the L2 cache, and who
+# asks for rows a quarter at a time. Each kind of keyword is compiled anew for each group of linears, which takes longer than the timing.
+AMONG = ({}, *({"following": n} for n in (4, 8, 16, 24)), {"patient": "first"})
 AMONG_ADAPTED = (
-    *AMONG_ALONE,
+    *AMONG,
     *({"following": n, "following_a": True} for n in (1, 8, 16)),
     {"patient": "first", "following": 8},
 )
@@ -160,7 +159,7 @@ def sweep_mixed(sweep, model, tokens):
             sweep.time("forms", case, partial(batch.run, forms, pdl=pdl), bound, stack.prepare, error=batch.error)
 
 
-def sweep_among(sweep, model, tokens, ranks):
+def sweep_among(sweep, model, tokens, ranks, rs):
     """A few tokens among ordinary kernels, as in vLLM."""
     stack = Stack(model, tokens=tokens, ranks=ranks, among=True)
     bound = record.row("read", {}, best_read_times(stack.flat), "ms")
@@ -177,8 +176,8 @@ def sweep_among(sweep, model, tokens, ranks):
                 sweep.time(name, {**case, **given}, partial(run, **options), bound, stack.prepare, error=error)
 
     sweep.time("cublas", case, stack.run_cublas, bound, stack.prepare)
-    each("backbone", stack.run_backbone, partial(stack.error, SOME), AMONG_ALONE if tokens == 1 else AMONG_MORE)
-    for r in (16, 64):
+    each("backbone", stack.run_backbone, partial(stack.error, SOME), AMONG if tokens == 1 else AMONG_MORE)
+    for r in rs:
         mixture = {"num_experts": 8, "r": r, "top_k": 2}
         adapters = Adapters(stack, **mixture)
         each(f"decode_r{r}", adapters.run, partial(adapters.error, SOME), AMONG_ADAPTED if tokens == 1 else AMONG_MORE)
@@ -280,10 +279,11 @@ def main():
     parser.add_argument("--model", choices=SHAPES, default=MODELS[0], help="whose shapes")
     parser.add_argument("--tokens", type=int, default=32, help="of a crowd or batch")
     parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel ranks that share a linear, for `among`")
+    parser.add_argument("--r", nargs="+", type=int, default=[16, 64], help="of the experts, for `among`")
     parser.add_argument("--out", required=True, help="JSON file to write")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    sweep, more = Sweep(), [args.ranks] if args.kernel == "among" else []
+    sweep, more = Sweep(), [args.ranks, args.r] if args.kernel == "among" else []
     kernels[args.kernel](sweep, args.model, args.tokens, *more)
     record.write(args.out, sorted(sweep.rows, key=lambda row: (row["name"], row["median"])))
 
