@@ -47,7 +47,7 @@ AMONG_ADAPTED = (
     {"patient": "first", "following": 8},
 )
 AMONG_MORE = ({}, {"following": 8}, {"following": 16})  # several tokens
-CROWD = ({}, {"prefetch": 0}, {"block_i": 64, "num_stages": 6}, {"block_r": 64}, {"num_warps": 8}, {"slots": 250})
+CROWD = ({}, {"num_stages": 4}, {"block_i": 128, "num_stages": 3}, {"block_o": 64, "num_warps": 4, "num_stages": 4})
 SPLITS_AND_BLOCKS = ((1, 32, 128), (1, 32, 256), (1, 64, 128), (2, 32, 128), (2, 64, 128), (4, 64, 64), (4, 128, 64))
 SHRINK = (
     {},

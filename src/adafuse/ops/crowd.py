@@ -90,8 +90,8 @@ def cut_for(tokens, features, widths, ranks, dtype=torch.bfloat16, *, processors
     elif tokens <= 64:  # bytes on their way are what counts: two programs a processor, with three steps of W each
         stages = 4 if block_t <= 32 else 3
         shape = {"block_t": block_t, "block_o": 64, "block_i": 128, "num_warps": 4, "num_stages": stages}
-    elif tokens <= 128:
-        shape = {"block_t": 128, "block_o": 128, "block_i": 64, "num_warps": 4, "num_stages": 3}
+    elif tokens <= 128:  # two warp groups, whose sums fit into registers
+        shape = {"block_t": 128, "block_o": 128, "block_i": 64, "num_warps": 8, "num_stages": 6}
     else:  # what counts is how often x and W go from L2 to the processors: large tiles
         shape = {"block_t": 256, "block_o": 128, "block_i": 64, "num_warps": 8, "num_stages": 4}
     shape |= {name: value for name, value in given.items() if name in shape}
@@ -105,8 +105,10 @@ def cut_for(tokens, features, widths, ranks, dtype=torch.bfloat16, *, processors
     # h must be there when the first program reaches the steps over ranks, so its programs get a third of the steps of the others,
     # but enough for the pipeline to fill.
     each = max(4, cdiv(total, 3 * slots))
-    shrinks = given.get("shrinks", pieces * max(1, i_steps // each))
-    shrinks = min(shrinks, pieces * i_steps) if ranks else 0
+    shrinks = pieces * max(1, i_steps // each)
+    if resident == 1:  # a shrink that ends early would leave a processor idle: all get as many steps
+        shrinks = cdiv(pieces * i_steps, max(4, cdiv(total + pieces * i_steps, slots)))
+    shrinks = min(given.get("shrinks", shrinks), pieces * i_steps) if ranks else 0
     programs = given.get("programs", min(slots, cdiv(total, 4)))
     if ranks and "programs" not in given:  # the places that the shrinks leave, which are done soon after
         programs = min(programs, max(slots - shrinks, slots // 2))
