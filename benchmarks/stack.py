@@ -88,10 +88,12 @@ class Stack:
         for block, index, _, x, y in self.steps():
             decode(x, self.linears(block, index), y, pdl=pdl, following=self.following(block, index, following))
 
-    def following(self, block, index, num_bytes):
-        """What `decode` may ask for ahead, for the group behind this one."""
+    def following(self, block, index, num_bytes, a=None):
+        """What a launch may ask for ahead, for the group behind this one; a [block][group][linear]: with rows of these, too."""
         block, index = divmod(block * len(self.groups) + index + 1, len(self.groups))
-        return Following(self.weights[block][index], num_bytes) if num_bytes and block < self.blocks else None
+        if not num_bytes or block == self.blocks:
+            return None
+        return Following(self.weights[block][index], num_bytes, tuple(a[block][index]) if a else ())
 
     def error(self, every=1):
         """Largest relative RMS error of every so manyth group's output as the base alone, against float64 on the inputs that it had."""
@@ -214,10 +216,7 @@ class Adapters(Banks):
         first = True
         for h, (block, index, _, x, y) in zip(self.h, stack.steps(), strict=True):
             banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "chosen": self.chosen(block)}
-            ahead = stack.following(block, index, following)
-            if ahead and following_a:
-                at = divmod(block * len(stack.groups) + index + 1, len(stack.groups))
-                ahead = ahead._replace(banks_a=tuple(self.a[at[0]][at[1]]), chosen=self.chosen(at[0]))
+            ahead = stack.following(block, index, following, self.a if following_a else None)
             decode(x, stack.linears(block, index), y, **banks, h=h, after_plan=first, pdl=pdl, following=ahead)
             first = False
 

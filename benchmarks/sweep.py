@@ -76,7 +76,7 @@ IN_PLACE = (
 )
 
 
-SOME = 37  # every so many groups are checked, each kind of group among them
+SOME = 13  # every so many groups are checked, each kind of group among them
 
 
 class Sweep:

@@ -41,7 +41,7 @@ def a_decode(tokens, features, widths, num_experts, r, top_k, shared, dtype=torc
         (copies_of_h(chosen.active), tokens, len(widths), chosen.active), EMPTY.value, dtype=torch.int32, device=DEVICE
     )
     out, banks = normal(tokens, sum(widths), dtype=dtype), {"banks_a": banks_a, "banks_b": banks_b}
-    following = Following(base[0], 1 << 20, tuple(banks_a), chosen)
+    following = Following(base[0], 1 << 20, tuple(banks_a))
     decode(x, base, out, **banks, chosen=chosen, h=h, following=following, **options)
     decode(x, base, out, **options)
     shrink(x, banks_a, chosen, h[0], **EARLY)

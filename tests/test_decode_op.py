@@ -122,8 +122,10 @@ def test_the_first_programs_compute_a_second_tile():
 
 @pytest.mark.parametrize("size", [(1, 40, (33, 16), 6, 4, 2, 3), (3, 64, (32,), 8, 4, 2, 0)], ids=str)
 def test_asking_for_what_follows_changes_nothing(size):
-    _, (weight,), banks_a, _, chosen = a_case(size[0], 48, (24,), *size[3:], torch.float32)
-    check(size, torch.float32, following=Following(weight, 4096, tuple(banks_a), chosen))
+    _, (weight,), banks_a, *_ = a_case(size[0], 48, (24,), *size[3:], torch.float32)
+    check(size, torch.float32, following=Following(weight, 4096, tuple(banks_a)))
+    with pytest.raises(ValueError, match="ranks of the routing"):
+        check(size, torch.float32, following=Following(weight, 4096, (banks_a[0][:2],)))
 
 
 def test_what_follows_is_asked_for_whole_and_no_further():
@@ -132,8 +134,11 @@ def test_what_follows_is_asked_for_whole_and_no_further():
     assert Following(weight, 512).part(4) == 128
     assert Following(weight, 512).part(40) == 0  # less than 16 bytes for each
     assert Following.on(weight, None).part(4) == Following.on(weight, Following(weight.flatten()[1:], 512)).part(4) == 0
-    odd = Following(weight, 512, (torch.zeros(4, 7),), object())
-    assert Following.on(weight, odd).banks_a == ()
+    chosen = Chosen(*route("uniform", 1, 4, 1), 4, 1, 0)
+    odd, even = (Following(weight, 512, (torch.zeros(4, features),)) for features in (7, 8))
+    assert not Following.on(weight, odd, chosen).banks_a
+    assert Following.on(weight, even, chosen).banks_a
+    assert not Following.on(weight, even).banks_a
 
 
 @pytest.mark.parametrize(
@@ -143,13 +148,20 @@ def test_what_follows_is_asked_for_whole_and_no_further():
         Tile(1, 8, chunks=8, block_j=2),
         Tile(16, 4, chunks=1),
         Tile(4, 4, patient="all"),
-        Tile(4, 4, patient="first"),
         Tile(4, 4, patient="none"),
     ],
 )
 @pytest.mark.parametrize("size", SIZES[1:3], ids=str)
 def test_tiles_change_nothing(size, tile):
     check(size, torch.float32, tile=tile)
+
+
+def test_only_the_programs_that_start_first_are_patient():
+    """More tiles than places: both branches run."""
+    outputs = 3 * processors(torch.empty(0, device=DEVICE))
+    check((1, 40, (outputs,), 6, 2, 2, 0), torch.float32, tile=Tile(1, 4, resident=1, patient="first"))
+    with pytest.raises(ValueError, match="patient=False is not known"):
+        Tile(4, 4, patient=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -13,6 +13,7 @@ from test_matmul_op import weights
 from adafuse.ops.appended import append, whole
 from adafuse.ops.gated import add_gated, expand_gated, expand_gated_ref, linear_gated, takes_in_order
 
+SORTED = partial(expand_gated, in_order=False)
 # tokens, experts, top_k, r, shared rank
 SIZES = [(63, 8, 2, 16, 3), (130, 64, 16, 1, 0), (130, 6, 2, 48, 0), (40, 1, 1, 4, 3), (9, 8, 2, 64, 16)]
 
@@ -35,7 +36,7 @@ def check(kind, size, features, outputs, dtype, run=expand_gated, in_place=False
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_one_linear(kind, size):
     dtype = [torch.float32, torch.float16, torch.bfloat16][(ROUTINGS.index(kind) + SIZES.index(size)) % 3]
-    check(kind, size, 64, (72,), dtype)
+    check(kind, size, 64, (72,), dtype, run=SORTED)
 
 
 @pytest.mark.parametrize("in_order", [False, True])
@@ -49,17 +50,18 @@ def test_tokens_stay_in_order_where_sorting_leaves_nothing_out():
     assert takes_in_order(num_tiles=4, top_k=2, num_experts=8)
     assert not takes_in_order(num_tiles=5, top_k=2, num_experts=8)
     assert not takes_in_order(num_tiles=1, top_k=16, num_experts=256)
+    assert not takes_in_order(num_tiles=4, top_k=1, num_experts=4)
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("outputs", [(64, 24, 304), (40, 264)], ids=str)
 def test_groups_of_odd_sizes(dtype, outputs):
-    check("uniform", (63, 6, 2, 16, 3), 72, outputs, dtype, in_place=True, block_t=32, block_r=16)
+    check("uniform", (63, 6, 2, 16, 3), 72, outputs, dtype, run=SORTED, in_place=True, block_t=32, block_r=16)
 
 
 @pytest.mark.parametrize("blocks", [{"block_r": 32}, {"block_r": 64, "block_t": 64}, {"block_r": 16}], ids=str)
 def test_blocks_of_less_and_more_than_an_expert(blocks):
-    check("uniform", (63, 6, 2, 32, 0), 64, (72, 16), torch.float32, **blocks)
+    check("uniform", (63, 6, 2, 32, 0), 64, (72, 16), torch.float32, run=SORTED, **blocks)
 
 
 def test_reference_agrees_with_the_loop():

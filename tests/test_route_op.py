@@ -86,6 +86,7 @@ def test_decisions_may_lie_apart():
     assert torch.equal(weights, wanted[1])
     assert torch.equal(apart, dense_gates(*wanted, 6, 0.0))
     assert all((room[:, tokens * top_k :] == -7).all() for room in rooms)  # nothing else is written
+    assert (gates[:, tokens * 7 :] == 0).all()
     with pytest.raises(ValueError, match="they must be the same"):
         route(h0, router.weight, experts, weights.contiguous(), num_experts=6, scale=2.0, logits=logits)
     with pytest.raises(ValueError, match="but for where decisions begin"):

@@ -232,6 +232,12 @@ def test_forms_of_larger_linears(form, monkeypatch):
     check_layers(step, 20, torch.bfloat16, (32, 16))
 
 
+def test_sorted_tokens_for_many_experts(monkeypatch):
+    """Too many for a tile to need nearly all: `gated` reads the layout, so the step must have written it."""
+    monkeypatch.setattr(Group, "form", lambda *_: "gated")
+    check_layers(make_step(kernels=True, widths=(32, 16), num_experts=16), 20, torch.float32, (32, 16))
+
+
 def test_rows_that_descriptors_cannot_read():
     wide, odd, many = (
         Group(4096, widths, torch.bfloat16, Shape(1, 8, 2, 16, 0)) for widths in ((4096,) * 3, (4097,), (4096,) * 4)

@@ -190,7 +190,6 @@ def _decode_kernel(
     following_from,
     following_bytes,
     following_a,
-    following_experts,
     zero,
     widths: tl.constexpr,
     T: tl.constexpr,
@@ -233,7 +232,7 @@ def _decode_kernel(
                 x, banks_a, experts, weights, h, stride_x, shared_row, shared_scale, zero,
                 pid % (SHRINKS // T), pid // (SHRINKS // T),
                 T, I, K, r, S, BLOCK_SHRINK, CHUNK, ALIGNED, COPIES, PDL and not AFTER_PLAN,
-                banks_b, widths, THREADS if PREFETCH else 0, following_a, following_experts, I_FOLLOWING if PREFETCH else 0,
+                banks_b, widths, THREADS if PREFETCH else 0, following_a, I_FOLLOWING,
             )  # fmt: skip
             return
     tile = pid - SHRINKS
@@ -312,8 +311,9 @@ def _decode_kernel(
 class Tile:
     """How `decode` cuts the work. A program holds block_o whole rows of W, asked for in `chunks` parts, or block_j rows of an A.
 
-    patient: whose parts are asked for when the one before has come, "all", "first" (programs that start first) or "none"; None: all with
-    PDL, none without. resident: how many programs a processor is taken to hold at once; so many start with rows that h is not ready for.
+    patient: whose parts are asked for when the one before has come, "all", "first" (programs that start first) or "none"; None: all
+    with PDL, none without (tensor cores go by `chunks`). resident: how many programs a processor is taken to hold at once; so many
+    start with rows that h is not ready for.
     """
 
     block_o: int
@@ -322,6 +322,10 @@ class Tile:
     block_j: int = 1
     resident: int = 5
     patient: str | None = None
+
+    def __post_init__(self):
+        if self.patient not in (None, "all", "first", "none"):
+            raise ValueError(f'patient={self.patient!r} is not known; it must be "all", "first", "none" or None')
 
     @property
     def maxnreg(self) -> int | None:
@@ -388,9 +392,8 @@ def decode(
     adapted = chosen is not None
     cut = _cut(tile, tokens, features, widths, chosen.active if adapted else 0, tensor_cores, pdl, processors(x))
     aligned = base_aligned and cut.even and aligned_rows(features, *banks_a, *banks_b)
-    following = Following.on(x, following)
-    following_a = adapted and bool(following.banks_a)
-    last = min(cut.grid[0], processors(x) * max(1, tile.resident))  # programs that end together
+    following = Following.on(x, following, chosen)
+    last = min(cut.grid[0] - cut.constants["SHRINKS"], processors(x) * max(1, tile.resident))  # tiles that end together
     with torch.cuda.device_of(x):
         _decode_kernel[cut.grid](
             x,
@@ -410,8 +413,7 @@ def decode(
             following.weight,
             cut.grid[0] - last,
             following.part(last),
-            following.banks_a if following_a else None,
-            following.chosen.experts if following_a else None,
+            following.banks_a or None,
             0,
             K=chosen.experts.shape[1] if adapted else 0,
             r=chosen.r if adapted else 1,
@@ -421,7 +423,7 @@ def decode(
             ALIGNED=aligned,
             AFTER_PLAN=after_plan,
             FOLLOWING=following.weight is not None,
-            I_FOLLOWING=following.banks_a[0].shape[1] if following_a else 0,
+            I_FOLLOWING=following.banks_a[0].shape[1] if following.banks_a else 0,
             **cut.constants,
             **launch_options(pdl, maxnreg=tile.maxnreg if tokens == 1 or tensor_cores else None),
         )

@@ -41,24 +41,29 @@ def expand_ref(h, b, chosen: Chosen):
 
 class Following(NamedTuple):
     """What a later launch will read. The last programs of this one ask for the first num_bytes of `weight` into the L2 cache, so that
-    memory works while it ends and while small kernels run in between; the first programs of `decode` ask for the rows of `banks_a` that
-    `chosen` will have read. Nothing waits for it, and nothing but time depends on it; GPUs before Hopper go without.
+    memory works while it ends and while small kernels run in between; the first programs of `decode` ask for the rows of `banks_a` that its
+    own routing chose, of linears that follow it too. Nothing waits for it, and nothing but time depends on it; GPUs before Hopper go
+    without.
     """
 
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     num_bytes: int
     banks_a: tuple = ()
-    chosen: Chosen | None = None
 
     @classmethod
-    def on(cls, x, following: Following | None) -> Following:
-        """For a launch on the device of x: without what cannot be asked for there."""
+    def on(cls, x, following: Following | None, chosen: Chosen | None = None) -> Following:
+        """For a launch on the device of x, with a routing or without: without what cannot be asked for there."""
         if following is None or not (INTERPRETED.value or since_hopper(x)) or following.weight.data_ptr() % 16:
             return NOTHING
-        banks_a = following.banks_a
-        if not banks_a or not aligned_rows(banks_a[0].shape[1], *banks_a):
-            return following._replace(banks_a=(), chosen=None)
-        return following
+        banks_a = following.banks_a if chosen else ()
+        for a in banks_a:
+            if a.shape != (chosen.ranks, banks_a[0].shape[1]) or not a.is_contiguous():
+                raise ValueError(
+                    f"banks_a of what follows have shapes {[list(a.shape) for a in banks_a]}; they must be contiguous, of the "
+                    f"{chosen.ranks} ranks of the routing, and as wide as one another"
+                )
+        readable = banks_a and aligned_rows(banks_a[0].shape[1], *banks_a)
+        return following._replace(banks_a=banks_a if readable else ())
 
     def part(self, programs: int) -> int:
         """Bytes that each of so many programs asks for."""
@@ -192,7 +197,6 @@ def shrink_block(
     widths: tl.constexpr = None,
     THREADS: tl.constexpr = 0,
     following_a=None,
-    following_experts=None,
     I_FOLLOWING: tl.constexpr = 0,
 ):
     """BLOCK_J active ranks of one linear for one token: block `pid` of the linears' blocks, one linear after another.
@@ -214,7 +218,6 @@ def shrink_block(
         prefetch_rows(b, row, width, (thread < BLOCK_J) & (rank < J))
         if I_FOLLOWING > 0:  # noqa: SIM102 - nested, so that the first is decided by the compiler
             if linear == 0:
-                row = rank_rows(following_experts, token, shared_row, rank, K, r, S)
                 for m in tl.static_range(len(following_a)):
                     prefetch_rows(following_a[m], row, I_FOLLOWING, (thread < BLOCK_J) & (rank < J))
     scale = tl.load(weights + token * K + tl.minimum(j // r, K - 1))
