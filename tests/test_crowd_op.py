@@ -178,7 +178,7 @@ def test_default_cuts_leave_nobody_without_work(tokens, ranks):
         assert cut.shrinks <= pieces * steps
         # Shared h is done about when the programs that need it get to their steps over ranks.
         if ranks:
-            assert pieces * steps / cut.shrinks <= max(4, tiles * steps / cut.programs, steps)
+            assert pieces * steps / cut.shrinks <= 2 * max(4, tiles * steps / cut.programs)
             assert cut.shrinks + cut.programs <= 2 * 132 + cut.shrinks * (tokens <= 64)
 
 
