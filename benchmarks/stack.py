@@ -20,7 +20,7 @@ from adafuse.ops.decode import decode, decode_ref
 from adafuse.ops.gated import add_gated, linear_gated
 from adafuse.ops.layout import dense_gates, lay_out
 from adafuse.ops.matmul import matmul_tiles
-from adafuse.ops.ranks import EMPTY, Following, copies_of_h
+from adafuse.ops.ranks import EMPTY, copies_of_h
 from adafuse.ops.route import route
 from adafuse.plan import Plan
 from adafuse.router import Router, Routing
@@ -84,16 +84,9 @@ class Stack:
         for block, index, _, x, y in self.steps():
             torch.mm(x, self.weights[block][index].T, out=y)
 
-    def run_backbone(self, pdl=True, following=0):
+    def run_backbone(self, pdl=True):
         for block, index, _, x, y in self.steps():
-            decode(x, self.linears(block, index), y, pdl=pdl, following=self.following(block, index, following))
-
-    def following(self, block, index, num_bytes, a=None):
-        """What a launch may ask for ahead, for the group behind this one; a [block][group][linear]: with rows of these, too."""
-        block, index = divmod(block * len(self.groups) + index + 1, len(self.groups))
-        if not num_bytes or block == self.blocks:
-            return None
-        return Following(self.weights[block][index], num_bytes, tuple(a[block][index]) if a else ())
+            decode(x, self.linears(block, index), y, pdl=pdl)
 
     def error(self, every=1):
         """Largest relative RMS error of every so manyth group's output as the base alone, against float64 on the inputs that it had."""
@@ -199,7 +192,7 @@ class Adapters(Banks):
         """Bytes of the chosen experts, which one token must read beside the weights. (The router's, far fewer, are not counted.)"""
         return self.bytes_of(self.top_k)
 
-    def run(self, pdl=True, following=0, following_a=False):
+    def run(self, pdl=True):
         """A step as the engine launches it: routing, plan and all linears, those of an input in one launch."""
         stack = self.stack
         self.all_h.fill_(EMPTY.value)
@@ -216,8 +209,7 @@ class Adapters(Banks):
         first = True
         for h, (block, index, _, x, y) in zip(self.h, stack.steps(), strict=True):
             banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "chosen": self.chosen(block)}
-            ahead = stack.following(block, index, following, self.a if following_a else None)
-            decode(x, stack.linears(block, index), y, **banks, h=h, after_plan=first, pdl=pdl, following=ahead)
+            decode(x, stack.linears(block, index), y, **banks, h=h, after_plan=first, pdl=pdl)
             first = False
 
     def run_as_huggingface(self):
@@ -367,7 +359,7 @@ class Batch(Banks):
 
         return launch
 
-    def _crowd(self, _, gates, following=0, **given):
+    def _crowd(self, _, gates, **given):
         stack, tokens, ranks = self.stack, len(self.experts), len(self.a[0][0][0])
         pdl = given.pop("pdl", tokens <= FEW_TOKENS)
         cuts = [cut_for(tokens, g.features, g.widths, ranks, **given) for g in stack.groups]
@@ -385,8 +377,7 @@ class Batch(Banks):
         def launch(step, block, index, group, x, y):
             scratch = {"h": hs[index], "partial": partials[index], "flags": flags[step], "cut": cuts[index]}
             banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "gates": found, "r": self.r}
-            ahead = stack.following(block, index, following)
-            crowd(x, stack.linears(block, index), y, **banks, **scratch, pdl=pdl, following=ahead)
+            crowd(x, stack.linears(block, index), y, **banks, **scratch, pdl=pdl)
 
         return launch
 

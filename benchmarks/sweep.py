@@ -38,15 +38,8 @@ FEW = (
     {"resident": 0},
     {"block_o": 8},
 )
-# The same among ordinary kernels: MiB of the next group's weights (with rows of its A) that are asked for into the L2 cache, and who
-# asks for rows a quarter at a time. Each kind of keyword is compiled anew for each group of linears, which takes longer than the timing.
-AMONG = ({}, *({"following": n} for n in (4, 8, 16, 24)), {"patient": "first"})
-AMONG_ADAPTED = (
-    *AMONG,
-    *({"following": n, "following_a": True} for n in (1, 8, 16)),
-    {"patient": "first", "following": 8},
-)
-AMONG_MORE = ({}, {"following": 8}, {"following": 16})  # several tokens
+# One token among ordinary kernels: whether rows are asked for a quarter at a time.
+AMONG = ({}, {"patient": True})
 CROWD = ({}, {"num_stages": 4}, {"block_i": 128, "num_stages": 3}, {"block_o": 64, "num_warps": 4, "num_stages": 4})
 SPLITS_AND_BLOCKS = ((1, 32, 128), (1, 32, 256), (1, 64, 128), (2, 32, 128), (2, 64, 128), (4, 64, 64), (4, 128, 64))
 SHRINK = (
@@ -166,26 +159,22 @@ def sweep_among(sweep, model, tokens, ranks, rs):
     sweep.rows.append(bound)
     case = {"tokens": tokens, "ranks": ranks}
 
-    def each(name, run, error, variants):
-        for given in variants:
-            changes = {key: value for key, value in given.items() if key == "patient"}
-            options = {"pdl": False, **{key: value for key, value in given.items() if key not in changes}}
-            if "following" in options:
-                options["following"] <<= 20
+    def each(name, run, error):
+        for changes in AMONG[: 2 if tokens == 1 else 1]:
             with tiles("default", changes):
-                sweep.time(name, {**case, **given}, partial(run, **options), bound, stack.prepare, error=error)
+                sweep.time(name, {**case, **changes}, partial(run, pdl=False), bound, stack.prepare, error=error)
 
     sweep.time("cublas", case, stack.run_cublas, bound, stack.prepare)
-    each("backbone", stack.run_backbone, partial(stack.error, SOME), AMONG if tokens == 1 else AMONG_MORE)
+    each("backbone", stack.run_backbone, partial(stack.error, SOME))
     for r in rs:
         mixture = {"num_experts": 8, "r": r, "top_k": 2}
         adapters = Adapters(stack, **mixture)
-        each(f"decode_r{r}", adapters.run, partial(adapters.error, SOME), AMONG_ADAPTED if tokens == 1 else AMONG_MORE)
+        each(f"decode_r{r}", adapters.run, partial(adapters.error, SOME))
         del adapters
         free()
         if tokens > 1:
             batch = Batch(stack, **mixture)
-            each(f"crowd_r{r}", partial(batch.run, "crowd"), batch.error, AMONG_MORE)
+            each(f"crowd_r{r}", partial(batch.run, "crowd"), batch.error)
             del batch
             free()
 

@@ -14,7 +14,7 @@ from adafuse.ops.layout import lay_out
 from adafuse.ops.matmul import matmul_tiles, readable
 from adafuse.ops.norm import add_norm, embed_norm, swiglu
 from adafuse.ops.pick import pick, room
-from adafuse.ops.ranks import EMPTY, Following, copies_of_h
+from adafuse.ops.ranks import EMPTY, copies_of_h
 from adafuse.ops.route import Requests, route
 from adafuse.ops.switch import Segment, SwitchTable, switch
 
@@ -41,8 +41,7 @@ def a_decode(tokens, features, widths, num_experts, r, top_k, shared, dtype=torc
         (copies_of_h(chosen.active), tokens, len(widths), chosen.active), EMPTY.value, dtype=torch.int32, device=DEVICE
     )
     out, banks = normal(tokens, sum(widths), dtype=dtype), {"banks_a": banks_a, "banks_b": banks_b}
-    following = Following(base[0], 1 << 20, tuple(banks_a))
-    decode(x, base, out, **banks, chosen=chosen, h=h, following=following, **options)
+    decode(x, base, out, **banks, chosen=chosen, h=h, **options)
     decode(x, base, out, **options)
     shrink(x, banks_a, chosen, h[0], **EARLY)
     expand(h[0, :, 0], banks_b[0], chosen, normal(tokens, widths[0], dtype=dtype), **EARLY)
@@ -83,18 +82,7 @@ def a_crowd(tokens, features, widths, num_experts, r, dtype=torch.bfloat16):
     banks_b = [normal(ranks, o, dtype=dtype) for o in widths]
     x, base = normal(tokens, features, dtype=dtype), [normal(o, features, dtype=dtype) for o in widths]
     out = normal(tokens, sum(widths), dtype=dtype)
-    crowd(
-        x,
-        base,
-        out,
-        banks_a=banks_a,
-        banks_b=banks_b,
-        gates=gates,
-        r=r,
-        **scratch,
-        following=Following(base[0], 1 << 20),
-        **EARLY,
-    )
+    crowd(x, base, out, banks_a=banks_a, banks_b=banks_b, gates=gates, r=r, **scratch, **EARLY)
 
 
 def a_switch(shapes, dtype=torch.bfloat16):

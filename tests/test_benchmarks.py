@@ -55,21 +55,6 @@ def test_a_stack_of_one_of_two_ranks():
     assert adapters.error() < LIMIT
 
 
-def test_a_stack_that_asks_for_what_follows():
-    toy = stack.Stack("toy", device=DEVICE, among=True)
-    last = (toy.blocks - 1, len(toy.groups) - 1)
-    assert toy.following(0, 3, 64).weight is toy.weights[1][0]
-    assert toy.following(*last, 64) is toy.following(0, 0, 0) is None
-    adapters = stack.Adapters(toy, num_experts=4, r=2, top_k=2)
-    adapters.run(pdl=False, following=256, following_a=True)
-    assert adapters.error() < LIMIT
-    toy.run_backbone(pdl=False, following=256)
-    assert toy.error(every=3) < LIMIT
-    batch = stack.Batch(stack.Stack("toy", tokens=5, device=DEVICE), num_experts=4, r=4, top_k=2)
-    batch.run("crowd", pdl=False, following=256)
-    assert batch.error() < LIMIT
-
-
 def test_an_output_that_was_not_written_is_an_error():
     toy = stack.Stack("toy", device=DEVICE)
     adapters = stack.Adapters(toy, num_experts=4, r=2, top_k=2)

@@ -10,7 +10,6 @@ pytest.importorskip("triton")
 from adafuse.engine.graph import captured
 from adafuse.ops.crowd import crowd, crowd_ref, cut_for
 from adafuse.ops.layout import dense_gates
-from adafuse.ops.ranks import Following
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative RMS
@@ -133,10 +132,6 @@ def test_every_cut(given, size):
 def test_two_warp_groups(r):
     """As cut for 65 to 128 tokens; more pieces of h than programs that compute it, and fewer."""
     check((100, 256, (128, 72), 8, r, 2, 0), torch.bfloat16)
-
-
-def test_asking_for_what_follows_changes_nothing():
-    check(SIZES[2], torch.float32, following=Following(torch.zeros(64, 64, device=DEVICE), 4096))
 
 
 def test_the_reference_equals_the_loop():

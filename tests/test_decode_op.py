@@ -11,7 +11,7 @@ from adafuse.ops.beside import expand, shrink
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.decode import Tile, decode, decode_ref
 from adafuse.ops.launch import processors
-from adafuse.ops.ranks import EMPTY, Following, copies_of_h, expand_ref, shrink_ref
+from adafuse.ops.ranks import EMPTY, copies_of_h, expand_ref, shrink_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative RMS
@@ -120,48 +120,19 @@ def test_the_first_programs_compute_a_second_tile():
     check((1, 40, (outputs - 30, 60), 6, 2, 2, 1), torch.float32, tile=Tile(1, 4, resident=1))
 
 
-@pytest.mark.parametrize("size", [(1, 40, (33, 16), 6, 4, 2, 3), (3, 64, (32,), 8, 4, 2, 0)], ids=str)
-def test_asking_for_what_follows_changes_nothing(size):
-    _, (weight,), banks_a, *_ = a_case(size[0], 48, (24,), *size[3:], torch.float32)
-    check(size, torch.float32, following=Following(weight, 4096, tuple(banks_a)))
-    with pytest.raises(ValueError, match="ranks of the routing"):
-        check(size, torch.float32, following=Following(weight, 4096, (banks_a[0][:2],)))
-
-
-def test_what_follows_is_asked_for_whole_and_no_further():
-    weight = torch.zeros(10, 24)
-    assert Following(weight, 10**6).part(4) == 240  # 960 bytes
-    assert Following(weight, 512).part(4) == 128
-    assert Following(weight, 512).part(40) == 0  # less than 16 bytes for each
-    assert Following.on(weight, None).part(4) == Following.on(weight, Following(weight.flatten()[1:], 512)).part(4) == 0
-    chosen = Chosen(*route("uniform", 1, 4, 1), 4, 1, 0)
-    odd, even = (Following(weight, 512, (torch.zeros(4, features),)) for features in (7, 8))
-    assert not Following.on(weight, odd, chosen).banks_a
-    assert Following.on(weight, even, chosen).banks_a
-    assert not Following.on(weight, even).banks_a
-
-
 @pytest.mark.parametrize(
     "tile",
     [
         Tile(4, 4, chunks=2, block_j=4),
         Tile(1, 8, chunks=8, block_j=2),
         Tile(16, 4, chunks=1),
-        Tile(4, 4, patient="all"),
-        Tile(4, 4, patient="none"),
+        Tile(4, 4, patient=True),
+        Tile(4, 4, patient=False),
     ],
 )
 @pytest.mark.parametrize("size", SIZES[1:3], ids=str)
 def test_tiles_change_nothing(size, tile):
     check(size, torch.float32, tile=tile)
-
-
-def test_only_the_programs_that_start_first_are_patient():
-    """More tiles than places: both branches run."""
-    outputs = 3 * processors(torch.empty(0, device=DEVICE))
-    check((1, 40, (outputs,), 6, 2, 2, 0), torch.float32, tile=Tile(1, 4, resident=1, patient="first"))
-    with pytest.raises(ValueError, match="patient=False is not known"):
-        Tile(4, 4, patient=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -38,7 +38,6 @@ from adafuse.ops import launch
 from adafuse.ops.checks import aligned_rows
 from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import INTERPRETED, cdiv, dot, next_power_of_2
-from adafuse.ops.ranks import Following, prefetch_part
 
 LINE = 128  # bytes that a prefetch asks for
 SHARED_MEMORY = 227 * 1024  # of a processor
@@ -91,7 +90,7 @@ def cut_for(tokens, features, widths, ranks, dtype=torch.bfloat16, *, processors
         stages = 4 if block_t <= 32 else 3
         shape = {"block_t": block_t, "block_o": 64, "block_i": 128, "num_warps": 4, "num_stages": stages}
     elif tokens <= 128:  # two warp groups, whose sums fit into registers
-        shape = {"block_t": 128, "block_o": 128, "block_i": 64, "num_warps": 8, "num_stages": 6}
+        shape = {"block_t": 128, "block_o": 128, "block_i": 64, "num_warps": 8, "num_stages": 5}
     else:  # what counts is how often x and W go from L2 to the processors: large tiles
         shape = {"block_t": 256, "block_o": 128, "block_i": 64, "num_warps": 8, "num_stages": 4}
     shape |= {name: value for name, value in given.items() if name in shape}
@@ -102,7 +101,7 @@ def cut_for(tokens, features, widths, ranks, dtype=torch.bfloat16, *, processors
     slots = given.get("slots", resident * processors)
     pieces, tiles, i_steps, r_steps = _work(shape, tokens, features, widths, ranks)
     total = tiles * (i_steps + r_steps)
-    shrinks = given.get("shrinks", _shrinks(pieces, i_steps, total, slots, resident))
+    shrinks = given.get("shrinks", _shrinks(pieces, i_steps, total, slots))
     shrinks = min(shrinks, pieces * i_steps) if ranks else 0
     programs = given.get("programs", min(slots, cdiv(total, 4)))
     if ranks and "programs" not in given:  # the places that the shrinks leave
@@ -115,17 +114,12 @@ def cut_for(tokens, features, widths, ranks, dtype=torch.bfloat16, *, processors
     )
 
 
-def _shrinks(pieces, i_steps, total, slots, resident):
+def _shrinks(pieces, i_steps, total, slots):
     """How many programs compute h, which must be there when the first of the others reaches its steps over ranks.
 
-    Two programs a processor: a third of the steps of the others for each, but enough for the pipeline to fill. One: such a program
-    would leave its processor idle when it is done, so that they get two thirds, or a piece each if that is less. (In steps that a block of
-    Llama-3.1-8B takes with 128 tokens and r 64, counted, not timed: 255; 250 at best; 306 with as many steps for all.)
+    A third of the steps of the others for each, but enough for the pipeline to fill.
     """
-    if resident > 1:
-        return pieces * max(1, i_steps // max(4, cdiv(total, 3 * slots)))
-    each = max(4, cdiv(total + pieces * i_steps, slots))
-    return max(pieces, cdiv(3 * pieces * i_steps, 2 * each))
+    return pieces * max(1, i_steps // max(4, cdiv(total, 3 * slots)))
 
 
 def _work(shape, tokens, features, widths, ranks):
@@ -226,7 +220,7 @@ def _tile(
     return w, b, linear, block, column, width
 
 
-@triton.jit(do_not_specialize=["T", "shrinks", "following_bytes"])
+@triton.jit(do_not_specialize=["T", "shrinks"])
 def _crowd_kernel(
     x,
     base_weights,
@@ -241,8 +235,6 @@ def _crowd_kernel(
     stride_y,
     T,
     shrinks,
-    following,
-    following_bytes,
     widths: tl.constexpr,
     O_TILES: tl.constexpr,
     I: tl.constexpr,
@@ -259,8 +251,6 @@ def _crowd_kernel(
     PER_LINE: tl.constexpr,
     EVEN_O: tl.constexpr,
     ALIGNED: tl.constexpr,
-    FOLLOWING: tl.constexpr,
-    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (shrinks + programs)."""
@@ -363,9 +353,6 @@ def _crowd_kernel(
             else:
                 y_at = y + t.to(tl.int64)[None, :] * stride_y + column + o[:, None]
                 tl.store(y_at, acc.to(y.dtype.element_ty), mask=(t < T)[None, :] & (o < width)[:, None])
-    if FOLLOWING:  # noqa: SIM102 - nested, so that the first is decided by the compiler
-        if pid >= shrinks:
-            prefetch_part(following, pid - shrinks, following_bytes, THREADS)
 
 
 # --- launcher -------------------------------------------------------------------------------------------------------------
@@ -373,7 +360,7 @@ def _crowd_kernel(
 
 def crowd(
     x, base_weights, out, *, banks_a=(), banks_b=(), gates=None, r=1, h=None, partial, flags, cut=None,
-    following: Following | None = None, pdl=False,
+    pdl=False,
 ):  # fmt: skip
     """out[t, column(m) + o] = sum_i base_weights[m][o, i] x[t, i] + sum_rank banks_b[m][rank, o] h[t, m, rank], with
 
@@ -385,7 +372,7 @@ def crowd(
     every time; h is rounded to the dtype of x.
 
     cut: how the work is cut, by default `cut_for` these shapes. h [cut.h_shape], partial [cut.partial_shape]: scratch, may serve
-    one call after another. flags int32 [cut.num_flags]: filled with 0 before each call. following: what a later launch will begin with.
+    one call after another. flags int32 [cut.num_flags]: filled with 0 before each call.
     The plan may be written by the kernel just ahead in the stream. No host sync, no allocation: safe inside a CUDA graph.
     """
     base_weights, banks_a, banks_b = tuple(base_weights), tuple(banks_a), tuple(banks_b)
@@ -398,7 +385,6 @@ def crowd(
     ranks = banks_a[0].shape[0] if gates is not None else 0
     cut = cut or cut_for(tokens, features, widths, ranks, x.dtype, processors=launch.processors(x))
     _check(x, base_weights, out, banks_a, banks_b, gates, r, h, partial, flags, cut)
-    following = Following.on(x, following)
     with torch.cuda.device_of(x):
         _crowd_kernel[(cut.shrinks + cut.programs,)](
             x,
@@ -414,8 +400,6 @@ def crowd(
             out.stride(0),
             tokens,
             cut.shrinks,
-            following.weight,
-            following.part(cut.programs),
             widths=widths,
             O_TILES=sum(cdiv(width, cut.block_o) for width in widths),
             I=features,
@@ -432,8 +416,6 @@ def crowd(
             PER_LINE=LINE // x.element_size(),
             EVEN_O=all(width % cut.block_o == 0 for width in widths),
             ALIGNED=aligned_rows(features, *base_weights, *banks_a) and all(map(aligned_rows, widths, banks_b)),
-            FOLLOWING=following.weight is not None,
-            THREADS=32 * cut.num_warps,
             num_warps=cut.num_warps,
             num_stages=cut.num_stages,
             **launch.launch_options(pdl),

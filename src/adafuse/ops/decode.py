@@ -45,14 +45,11 @@ from adafuse.ops.chosen import Chosen
 from adafuse.ops.fragments import STEP, fragment_products, fragment_sum, held_fragments
 from adafuse.ops.launch import cdiv, has_mma, launch_options, next_power_of_2, processors, since_hopper
 from adafuse.ops.ranks import (
-    Following,
-    bits_of,
     expand_ref,
     held_rows,
     look,
     once_written,
     pick_part,
-    prefetch_part,
     products_of,
     rank_rows,
     shrink_block,
@@ -170,7 +167,7 @@ def _expanded(tile, bits, h, mask, BLOCK_T: tl.constexpr, THREADS: tl.constexpr)
     return tl.sum(of_threads.reshape(BLOCK_T, THREADS // BLOCK_T, tile.shape[1]), 1)
 
 
-@triton.jit(do_not_specialize=["zero", "places", "seconds", "following_from", "following_bytes"])
+@triton.jit(do_not_specialize=["zero", "seconds"])
 def _decode_kernel(
     x,
     base_weights,
@@ -184,12 +181,7 @@ def _decode_kernel(
     stride_y,
     shared_row,
     shared_scale,
-    places,
     seconds,
-    following,
-    following_from,
-    following_bytes,
-    following_a,
     zero,
     widths: tl.constexpr,
     T: tl.constexpr,
@@ -213,8 +205,6 @@ def _decode_kernel(
     THREADS: tl.constexpr,
     ALIGNED: tl.constexpr,
     AFTER_PLAN: tl.constexpr,
-    FOLLOWING: tl.constexpr,
-    I_FOLLOWING: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The first SHRINKS programs compute h, BLOCK_SHRINK ranks of a token each; the others a tile of BLOCK_O outputs of a linear, all
@@ -232,7 +222,7 @@ def _decode_kernel(
                 x, banks_a, experts, weights, h, stride_x, shared_row, shared_scale, zero,
                 pid % (SHRINKS // T), pid // (SHRINKS // T),
                 T, I, K, r, S, BLOCK_SHRINK, CHUNK, ALIGNED, COPIES, PDL and not AFTER_PLAN,
-                banks_b, widths, THREADS if PREFETCH else 0, following_a, I_FOLLOWING,
+                banks_b, widths, THREADS if PREFETCH else 0,
             )  # fmt: skip
             return
     tile = pid - SHRINKS
@@ -241,13 +231,8 @@ def _decode_kernel(
     row = tl.minimum(o, width - 1)  # outputs past the last are computed from the last row, and not stored
     if STEPS > 0:
         held = held_fragments(w, block * BLOCK_O, width - 1, zero, I, PARTS, STEPS, CHUNKS, THREADS // 32)
-    elif PATIENT == "first":
-        if tile < places:  # noqa: SIM108 - Triton has no such expression of tuples
-            held = held_rows(w, row, zero, I, CHUNK, ALIGNED, True)
-        else:
-            held = held_rows(w, row, zero, I, CHUNK, ALIGNED, False)
     else:
-        held = held_rows(w, row, zero, I, CHUNK, ALIGNED, PATIENT == "all")
+        held = held_rows(w, row, zero, I, CHUNK, ALIGNED, PATIENT)
     b_tiles = ()
     if J > 0:
         b = pick_part(banks_b, linear)
@@ -268,10 +253,6 @@ def _decode_kernel(
             bits = bits + (look(h + token * (len(base_weights) * J) + j, there),)  # noqa: RUF005 - Triton's tuples
     tokens = tl.arange(0, BLOCK_T)
     sums = _sums_of_all(products, T, PARTS, STEPS, BLOCK_T, THREADS // 32)
-    if FOLLOWING:  # noqa: SIM102 - nested, so that the first is decided by the compiler
-        if pid >= following_from:
-            come = tl.sum(tl.ravel(bits_of(sums[0]) & zero), 0)  # 0, once the program's own rows are there
-            prefetch_part(following, pid - following_from, following_bytes + come, THREADS)
     if J > 0 and T == 1:  # noqa: SIM102 - nested, so that the first is decided by the compiler
         if tile < seconds:
             w2, linear2, block2, column2, width2 = tile_of(
@@ -311,9 +292,8 @@ def _decode_kernel(
 class Tile:
     """How `decode` cuts the work. A program holds block_o whole rows of W, asked for in `chunks` parts, or block_j rows of an A.
 
-    patient: whose parts are asked for when the one before has come, "all", "first" (programs that start first) or "none"; None: all
-    with PDL, none without (tensor cores go by `chunks`). resident: how many programs a processor is taken to hold at once; so many
-    start with rows that h is not ready for.
+    patient: whether a part is asked for when the one before has come; None: with PDL (tensor cores go by `chunks`). resident: how
+    many programs a processor is taken to hold at once; so many start with rows that h is not ready for.
     """
 
     block_o: int
@@ -321,11 +301,7 @@ class Tile:
     chunks: int = 4
     block_j: int = 1
     resident: int = 5
-    patient: str | None = None
-
-    def __post_init__(self):
-        if self.patient not in (None, "all", "first", "none"):
-            raise ValueError(f'patient={self.patient!r} is not known; it must be "all", "first", "none" or None')
+    patient: bool | None = None
 
     @property
     def maxnreg(self) -> int | None:
@@ -367,7 +343,6 @@ def decode(
     h=None,
     after_plan=False,
     pdl=False,
-    following: Following | None = None,
     tile: Tile | None = None,
 ):
     """out[t, column(m) + o] = sum_i base_weights[m][o, i] x[t, i] + sum_j banks_b[m][row(t, j), o] h[t, m, j], with
@@ -378,7 +353,7 @@ def decode(
     all of the dtype of x. h [C, T, M, J] int32: C (`copies_of_h`) copies,
     filled with EMPTY before each call: programs read it when it is no longer so.
     out [T, O_1 + ... + O_M], written whole, the linears' outputs side by side. Summed in fp32. after_plan: the kernel ahead
-    in the stream is the one that writes `chosen`. following: what a later launch will begin with.
+    in the stream is the one that writes `chosen`.
     No host sync, no allocation: safe inside a CUDA graph.
     """
     check(x, chosen, base_weights=base_weights, banks_a=banks_a, banks_b=banks_b, out=(out,))
@@ -392,8 +367,6 @@ def decode(
     adapted = chosen is not None
     cut = _cut(tile, tokens, features, widths, chosen.active if adapted else 0, tensor_cores, pdl, processors(x))
     aligned = base_aligned and cut.even and aligned_rows(features, *banks_a, *banks_b)
-    following = Following.on(x, following, chosen)
-    last = min(cut.grid[0] - cut.constants["SHRINKS"], processors(x) * max(1, tile.resident))  # tiles that end together
     with torch.cuda.device_of(x):
         _decode_kernel[cut.grid](
             x,
@@ -408,12 +381,7 @@ def decode(
             out.stride(0),
             chosen.num_experts * chosen.r if adapted else 0,
             chosen.shared_scale if adapted else 0.0,
-            cut.places,
             cut.seconds,
-            following.weight,
-            cut.grid[0] - last,
-            following.part(last),
-            following.banks_a or None,
             0,
             K=chosen.experts.shape[1] if adapted else 0,
             r=chosen.r if adapted else 1,
@@ -422,8 +390,6 @@ def decode(
             PREFETCH=aligned and since_hopper(x),
             ALIGNED=aligned,
             AFTER_PLAN=after_plan,
-            FOLLOWING=following.weight is not None,
-            I_FOLLOWING=following.banks_a[0].shape[1] if following.banks_a else 0,
             **cut.constants,
             **launch_options(pdl, maxnreg=tile.maxnreg if tokens == 1 or tensor_cores else None),
         )
@@ -431,11 +397,9 @@ def decode(
 
 
 class _Cut(NamedTuple):
-    """Of one launch. places: tiles that start first; seconds: programs that compute two of them. even: no tile of any linear goes past
-    its last row."""
+    """Of one launch. seconds: programs that compute two tiles. even: no tile of any linear goes past its last row."""
 
     grid: tuple[int]
-    places: int
     seconds: int
     even: bool
     constants: dict
@@ -470,12 +434,12 @@ def _cut(tile: Tile, tokens, features, widths, active, tensor_cores, pdl, num_pr
         "STEPS": tile.steps(features) if tensor_cores else 0,
         "CHUNKS": tile.chunks,
         "AHEAD": ahead,
-        "PATIENT": tile.patient or ("all" if pdl else "none"),
+        "PATIENT": pdl if tile.patient is None else tile.patient,
         "THREADS": threads,
         "num_warps": tile.num_warps,
     }
     even = all(width % max(8, tile.block_o) == 0 for width in widths)
-    return _Cut((shrinks + tiles - seconds,), places, seconds, even, constants)
+    return _Cut((shrinks + tiles - seconds,), seconds, even, constants)
 
 
 def _for_tensor_cores(x):

@@ -8,15 +8,12 @@ h is EMPTY until written. What looks at it is not cached near the processor, and
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from adafuse.ops.checks import aligned_rows
 from adafuse.ops.chosen import Chosen
-from adafuse.ops.launch import INTERPRETED, since_hopper
+from adafuse.ops.launch import INTERPRETED
 
 EMPTY = tl.constexpr(-1)  # the bits of a NaN that no computation makes
 QUIET_NAN = tl.constexpr(0x7FC00000)
@@ -37,43 +34,6 @@ def shrink_ref(x, banks_a, chosen: Chosen):
 def expand_ref(h, b, chosen: Chosen):
     """What `expand` adds, in plain PyTorch: sum_j b[row(t, j)] h[t, j], for one linear. h [T, J] -> [T, O]."""
     return torch.einsum("tjo,tj->to", b[chosen.rows()], h)
-
-
-class Following(NamedTuple):
-    """What a later launch will read. The last programs of this one ask for the first num_bytes of `weight` into the L2 cache, so that
-    memory works while it ends and while small kernels run in between; the first programs of `decode` ask for the rows of `banks_a` that its
-    own routing chose, of linears that follow it too. Nothing waits for it, and nothing but time depends on it; GPUs before Hopper go
-    without.
-    """
-
-    weight: torch.Tensor | None
-    num_bytes: int
-    banks_a: tuple = ()
-
-    @classmethod
-    def on(cls, x, following: Following | None, chosen: Chosen | None = None) -> Following:
-        """For a launch on the device of x, with a routing or without: without what cannot be asked for there."""
-        if following is None or not (INTERPRETED.value or since_hopper(x)) or following.weight.data_ptr() % 16:
-            return NOTHING
-        banks_a = following.banks_a if chosen else ()
-        for a in banks_a:
-            if a.shape != (chosen.ranks, banks_a[0].shape[1]) or not a.is_contiguous():
-                raise ValueError(
-                    f"banks_a of what follows have shapes {[list(a.shape) for a in banks_a]}; they must be contiguous, of the "
-                    f"{chosen.ranks} ranks of the routing, and as wide as one another"
-                )
-        readable = banks_a and aligned_rows(banks_a[0].shape[1], *banks_a)
-        return following._replace(banks_a=banks_a if readable else ())
-
-    def part(self, programs: int) -> int:
-        """Bytes that each of so many programs asks for."""
-        if self.weight is None:
-            return 0
-        most = self.weight.numel() * self.weight.element_size()
-        return min(self.num_bytes, most) // programs // 16 * 16
-
-
-NOTHING = Following(None, 0)
 
 
 # --- rows of matrices, whole, in registers ---------------------------------------------------------------------------------
@@ -130,30 +90,16 @@ def held_rows(matrix, row, zero, I: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: 
 @triton.jit
 def prefetch_rows(matrix, row, width, there):
     """Asks for rows of a matrix of `width` columns, a multiple of 16 bytes, into the L2 cache: a thread, a row, if it is `there`."""
-    num_bytes = tl.where(there, width * (matrix.dtype.element_ty.primitive_bitwidth // 8), 0)
-    prefetch(matrix + row.to(tl.int64) * width, num_bytes)
-
-
-@triton.jit
-def prefetch(pointers, num_bytes):
-    """Asks for so many bytes, multiples of 16, from each of the pointers on, into the L2 cache."""
     if not INTERPRETED:
+        num_bytes = tl.where(there, width * (matrix.dtype.element_ty.primitive_bitwidth // 8), 0)
         tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.gt.s32 p, $2, 0; mov.b32 $0, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; }",
             "=r,l,r",
-            [pointers.to(tl.int64), num_bytes],
+            [(matrix + row.to(tl.int64) * width).to(tl.int64), num_bytes],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
-
-
-@triton.jit
-def prefetch_part(matrix, part, num_bytes, THREADS: tl.constexpr):
-    """Asks for the bytes part * num_bytes .. (part + 1) * num_bytes - 1 of a matrix, by one thread of the program's."""
-    thread = tl.arange(0, THREADS)
-    start = part.to(tl.int64) * num_bytes // (matrix.dtype.element_ty.primitive_bitwidth // 8)
-    prefetch(matrix + start + thread * 0, tl.where(thread == 0, num_bytes, 0))
 
 
 @triton.jit
@@ -196,13 +142,10 @@ def shrink_block(
     banks_b=None,
     widths: tl.constexpr = None,
     THREADS: tl.constexpr = 0,
-    following_a=None,
-    I_FOLLOWING: tl.constexpr = 0,
 ):
     """BLOCK_J active ranks of one linear for one token: block `pid` of the linears' blocks, one linear after another.
 
-    With THREADS, also asks for the ranks' rows of B: others will read them, a piece each, from the L2 cache. With I_FOLLOWING, for the
-    same ranks' rows of the A of a later launch, too.
+    With THREADS, also asks for the ranks' rows of B: others will read them, a piece each, from the L2 cache.
     """
     J: tl.constexpr = K * r + S
     BLOCKS: tl.constexpr = (J + BLOCK_J - 1) // BLOCK_J
@@ -216,10 +159,6 @@ def shrink_block(
         b, width = pick_part(banks_b, linear), pick_part(widths, linear)
         row = rank_rows(experts, token, shared_row, rank, K, r, S)
         prefetch_rows(b, row, width, (thread < BLOCK_J) & (rank < J))
-        if I_FOLLOWING > 0:  # noqa: SIM102 - nested, so that the first is decided by the compiler
-            if linear == 0:
-                for m in tl.static_range(len(following_a)):
-                    prefetch_rows(following_a[m], row, I_FOLLOWING, (thread < BLOCK_J) & (rank < J))
     scale = tl.load(weights + token * K + tl.minimum(j // r, K - 1))
     scale = tl.where(j < K * r, scale, shared_scale)
     if WAIT:
