@@ -41,10 +41,10 @@ START = 480  # seconds
 # The last three say where a difference comes from: vLLM's first model runner, which `ours` takes, or the part that follows the batch.
 SERVERS = ("backbone", "ours", "multilora", "backbone_first_runner", "ours_adapted_only", "ours_second_runner")
 BLOCK = 16  # tokens of a block of keys and values
-# Tokens of a step up to which vLLM captures graphs by itself, if it takes 256 requests or more. For fewer it would capture twice their
-# number, and launch each prompt kernel by kernel: 256 tokens of Llama-3.1-8B then took 24 ms with the base and 59 to 67 with ours, of
-# which the GPU computed 7.5 and 9 to 10 (H200).
-CAPTURED = 512
+# Tokens of a step for which all servers capture graphs: up to 512 those that vLLM takes by itself for 256 requests or more, then further
+# ones. Beyond them the host launches kernel by kernel, which takes longer than computing: the prompts of 8 requests that come at once
+# took 58 ms with the base of Llama-3.1-8B, captured up to 512, and 143 with ours of r 16 (results/h100/serve.json, 88d411a).
+CAPTURED = (1, 2, 4, *range(8, 256, 8), *range(256, 512, 16), *range(512, 1024, 64), *range(1024, 2049, 128))
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -188,7 +188,7 @@ def servers(options, folder, r) -> dict[str, Server]:
     base, kind = str(folder / "base"), "float32" if options.device == "cpu" else "bfloat16"
     shared = ["--dtype", kind, "--max-model-len", str(options.prompt_tokens + options.max_tokens + 8)]
     shared += ["--max-num-seqs", str(max(options.in_flight)), "--tensor-parallel-size", str(options.tensor_parallel)]
-    shared += [] if options.device == "cpu" else ["--max-cudagraph-capture-size", str(CAPTURED)]
+    shared += [] if options.device == "cpu" else ["--cudagraph-capture-sizes", *map(str, CAPTURED)]
     # vLLM would take most of the memory, or refuse to start beside another server that holds some.
     shared += ["--kv-cache-memory-bytes", str(kv_bytes(options)), "--gpu-memory-utilization", "0.05", *options.vllm]
     vllm = ["-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--model", base]

@@ -40,7 +40,19 @@ FEW = (
 )
 # One token among ordinary kernels: whether rows are asked for a quarter at a time.
 AMONG = ({}, {"patient": True})
-CROWD = ({}, {"num_stages": 4}, {"block_i": 128, "num_stages": 3}, {"block_o": 64, "num_warps": 4, "num_stages": 4})
+CROWD = (
+    {},
+    {"described": True},
+    {"described": True, "num_stages": 4},
+    {"described": True, "block_o": 128, "block_i": 64, "num_stages": 5},
+)
+# The same for 65 to 128 tokens.
+CROWD_OF_100 = (
+    {},
+    {"num_warps": 8, "num_stages": 6},
+    {"num_warps": 8, "num_stages": 4, "block_o": 256},
+    {"num_warps": 8, "num_stages": 6, "block_o": 64},
+)
 SPLITS_AND_BLOCKS = ((1, 32, 128), (1, 32, 256), (1, 64, 128), (2, 32, 128), (2, 64, 128), (4, 64, 64), (4, 128, 64))
 SHRINK = (
     {},
@@ -226,7 +238,7 @@ def sweep_crowd(sweep, model, tokens):
     sweep.rows.append(base)
     for r in (16, 64):
         batch = Batch(stack, num_experts=8, r=r, top_k=2)
-        for given in CROWD:
+        for given in CROWD if tokens <= 64 else CROWD_OF_100:
             sweep.time(f"r{r}", given, partial(batch.run, "crowd", **given), base, stack.prepare, 20, batch.error)
         del batch
         free()

@@ -190,6 +190,7 @@ def test_vllm_for_a_machine_without_network_leaves_out_what_is_there(tmp_path):
     names = (
         *kept,
         "vllm/_moe_C.abi3.so",
+        "mistral_common/data/vocabulary.json",
         "vllm/third_party/deep_gemm/__init__.py",
         "vllm/third_party/deep_gemm/_C.cpython-312-x86_64-linux-gnu.so",
     )
@@ -211,3 +212,23 @@ def test_vllm_for_a_machine_without_network_leaves_out_what_is_there(tmp_path):
         ("rayon", False),
     ):
         assert bool(vllm_offline.SKIPPED.fullmatch(vllm_offline.name_of(name))) == left_out
+
+
+def test_code_of_other_gpus_is_left_out_of_a_library():
+    import vllm_offline
+
+    def entry(kind, capability, code):
+        before = vllm_offline.ENTRY.pack(kind, 1, 64, len(code)).ljust(vllm_offline.CAPABILITY_AT, b"h")
+        return (before + capability.to_bytes(4, "little")).ljust(64, b"h") + code
+
+    def container(*entries):
+        return vllm_offline.CONTAINER.pack(0xBA55ED50, 1, 16, sum(map(len, entries))) + b"".join(entries)
+
+    binary, ptx = vllm_offline.BINARY, vllm_offline.PTX
+    own = container(entry(binary, 80, b"old."), entry(binary, 90, b"mine"), entry(ptx, 90, b"text"))
+    compiled = container(entry(binary, 80, b"old2"), entry(ptx, 80, b"tex2"))  # has none for it: PTX is compiled
+    other = vllm_offline.MAGIC + b"that is no container, but looks like one"
+    library = b"start" + own + b"between" + compiled + other + b"end" + vllm_offline.MAGIC
+    found = vllm_offline.for_one_gpu(library, 90)
+    assert found == library.replace(b"old.", bytes(4)).replace(b"text", bytes(4)).replace(b"old2", bytes(4))
+    assert [len(entries) for entries in vllm_offline.containers(library)] == [3, 2, 0]

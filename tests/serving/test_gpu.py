@@ -14,6 +14,8 @@ SETTINGS = {"shared_rank": 8, "r": 16, "num_experts": 8}
 def followed(runner, monkeypatch):
     """Options of an engine on one of vLLM's runners that follows which requests are bare."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    # The first runner forbids captures once it has made its own, in the whole process, and the second does not allow them again.
+    monkeypatch.setattr("vllm.compilation.monitor.cudagraph_capturing_enabled", True)
     return {"logits_processors": [REQUESTS]} if runner == "0" else {}
 
 
