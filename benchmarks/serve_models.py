@@ -2,11 +2,13 @@
 
     python benchmarks/serve_models.py --model llama-3.1-8b --r 16 64 --out benchmarks/results/h100/serve.json
     python benchmarks/serve_models.py --model llama-2-13b --tensor-parallel 2 --servers ours --in-flight 1 8 32 --prefix tp2/ --out tp.json
+    python benchmarks/serve_models.py --model llama-2-13b --servers ours --in-flight 1 8 32 --apart --prefix tp1/ --out tp.json --append
     python benchmarks/serve_models.py --model tiny --r 4 --out tiny.json -- --enforce-eager   # the plumbing, on a CPU
 
 Random weights and a tokenizer of numbers, in `--folder`, where a later run finds them. The servers of a rank run at the same time on the
-same GPUs, each with room for its keys and values, and are loaded in turn (`serve.py`). A LoRA has the rank of all experts of a token; the
-eight LoRAs are one folder under eight names, and have a copy each on the GPU. What comes behind `--` goes to all servers.
+same GPUs, each with room for its keys and values, or (`--apart`) on GPUs of their own, and are loaded in turn (`serve.py`). A LoRA has the
+rank of all experts of a token; the eight LoRAs are one folder under eight names, and have a copy each on the GPU. What comes behind `--`
+goes to all servers.
 
 In parts: rows are written after each number in flight, `--append` adds those of another rank, number or prefix to the file, and
 `--minutes` leaves out what would begin later. A server that does not start is left out, with its errors, and the exit code is 1; the
@@ -206,7 +208,27 @@ def servers(options, folder, r) -> dict[str, Server]:
         "ours_adapted_only": Server([*ours, *alone, *shared], ["tuned"], runner[0]),
         "ours_second_runner": Server([*ours, *shared], ["tuned"], runner[1]),
     }
-    return {label: found[label] for label in SERVERS if label in ("backbone", *options.servers)}
+    wanted = {label: found[label] for label in SERVERS if label in ("backbone", *options.servers)}
+    return on_gpus_apart(wanted, options.tensor_parallel, visible_gpus()) if options.apart else wanted
+
+
+def on_gpus_apart(wanted, ranks, gpus):
+    """The servers, each on the next `ranks` of these GPUs. Exits if there are too few."""
+    if len(gpus) < ranks * len(wanted):
+        raise SystemExit(
+            f"--apart: {len(wanted)} servers of {ranks} GPUs each, but there are {len(gpus)} GPUs; leave it out, or servers"
+        )
+    shares = (",".join(gpus[ranks * n : ranks * (n + 1)]) for n in range(len(wanted)))
+    return {
+        label: server._replace(environment={**server.environment, "CUDA_VISIBLE_DEVICES": share})
+        for (label, server), share in zip(wanted.items(), shares, strict=True)
+    }
+
+
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(n) for n in range(torch.cuda.device_count())]
 
 
 def kv_bytes(options):
@@ -286,6 +308,7 @@ def parse(arguments=None):
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests-each", type=int, default=2, help="requests of a round for each in flight")
     parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--apart", action="store_true", help="each server on GPUs of its own")
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=[*SERVERS[:3]], help="beside backbone")
     parser.add_argument("--prefix", default="", help="in front of the rows' names: tp2/")
     parser.add_argument("--folder", type=Path, help="for the models, which stay there; default: a temporary one")

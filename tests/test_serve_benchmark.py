@@ -186,6 +186,21 @@ def test_servers_are_told_what_was_made_and_asked_for(tmp_path):
     assert found["ours"].environment == {}  # as users have it
 
 
+def test_servers_may_have_gpus_of_their_own(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    arguments = ["--model", "tiny", "--in-flight", "1", "--servers", "ours", "--tensor-parallel", "2", "--out", "x"]
+    options = serve_models.parse([*arguments, "--apart"])
+    found = serve_models.servers(options, Path("/models"), 4)
+    assert [server.environment["CUDA_VISIBLE_DEVICES"] for server in found.values()] == ["4,5", "6,7"]
+    options = serve_models.parse([*arguments, "--servers", "ours", "multilora", "--apart"])
+    with pytest.raises(SystemExit, match="3 servers of 2 GPUs each, but there are 4"):
+        serve_models.servers(options, Path("/models"), 4)
+    runner = serve_models.on_gpus_apart(
+        {"ours": serve_models.Server([], [], {"VLLM_USE_V2_MODEL_RUNNER": "1"})}, 1, ["3"]
+    )
+    assert runner["ours"].environment == {"VLLM_USE_V2_MODEL_RUNNER": "1", "CUDA_VISIBLE_DEVICES": "3"}
+
+
 def test_sizes_of_what_is_served():
     options = serve_models.parse(["--model", "tiny", "--in-flight", "1", "8", "--out", "x"])
     options.device = "cuda"
