@@ -3,10 +3,10 @@
     adafuse bench kernels --out benchmarks/results/h100/kernels.json
     adafuse bench kernels --out /tmp/some.json --only stack --model llama-3.2-1b
 
-Random weights and inputs. Everything is a replayed CUDA graph. Decoding includes router and plan, and the experts change with
-every step; batches include the plan's layout of one routing, not the router. Of a batch, the row without a form is what the library
-runs, each group in the form that it takes; the rows beside it show whether that was right. No weight is in the L2 cache, for the rest
-of the model has passed through it. Rows are written only if the outputs are right.
+Random weights and inputs. All but copies and reads of memory are replayed CUDA graphs. Decoding includes router and plan, and the
+experts change with every step; batches include the plan's layout of one routing, not the router. Of a batch, the row without a form is
+what the library runs, each group in the form that it takes; the rows beside it show whether that was right. No weight is in the L2
+cache, for the rest of the model has passed through it. Rows are written only if the outputs are right.
 """
 
 import argparse
@@ -51,14 +51,14 @@ def stack_rows(model):
     rows = [roofline, cublas, record.row("stack/backbone", case, backbone, "ms", vs=roofline)]
     rows.append(record.row("stack/backbone_vs_cublas", case, backbone, "ms", vs=cublas))
     for name, mixture in MIXTURES.items():
-        rows += mixture_rows(stack, name, mixture, case, read, measure)
+        rows += mixture_rows(stack, name, mixture, case, read, cublas, measure)
         free()
     if model == MODELS[0]:
         rows += expert_count_rows(stack, case, measure)
     return rows
 
 
-def mixture_rows(stack, name, mixture, case, read, measure):
+def mixture_rows(stack, name, mixture, case, read, cublas, measure):
     adapters = Adapters(stack, **mixture)
     case = {**case, **mixture}
     bound = scaled(read, 1 + adapters.num_bytes / stack.num_bytes)
@@ -71,6 +71,9 @@ def mixture_rows(stack, name, mixture, case, read, measure):
         adapters.collect_separate()
         check(f"{stack.model} {name} as HuggingFace's modules", adapters.error())
         rows.append(record.row(f"stack/adapters_{name}_as_huggingface", case, apart, "ms", vs=roofline))
+    beside = measure(adapters.run_beside)
+    check(f"{stack.model} {name} beside cuBLAS", adapters.error())
+    rows.append(record.row(f"stack/beside_{name}", case, beside, "ms", vs=cublas))
     return rows
 
 

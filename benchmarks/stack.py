@@ -14,6 +14,7 @@ from adafuse import AdaFuseConfig, fused
 from adafuse.costs import FEW_TOKENS, Device, Layer, fused_form
 from adafuse.ops.appended import append
 from adafuse.ops.batch import add_delta_tiles, shrink_tiles
+from adafuse.ops.beside import expand, shrink
 from adafuse.ops.chosen import Chosen
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import decode, decode_ref
@@ -211,6 +212,20 @@ class Adapters(Banks):
             banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "chosen": self.chosen(block)}
             decode(x, stack.linears(block, index), y, **banks, h=h, after_plan=first, pdl=pdl)
             first = False
+
+    def run_beside(self):
+        """A step with the experts beside the vendor's matmul of the base, as for bases whose weights our kernels cannot read: routing and
+        plan, then for each group the base, a shrink, and an expand a linear."""
+        stack = self.stack
+        shapes = {"num_experts": self.num_experts, "scale": 2.0, "logits": self.logits}
+        route(stack.x, self.router, self.experts, self.weights, **shapes)
+        for block, index, group, x, y in stack.steps():
+            torch.mm(x, stack.weights[block][index].T, out=y)
+            chosen, banks_b = self.chosen(block), self.b[block][index]
+            h = torch.empty(len(x), len(banks_b), chosen.active, dtype=torch.int32, device=stack.device)
+            shrink(x, self.a[block][index], chosen, h)
+            for m, part in enumerate(y.split(group.widths, dim=1)):
+                expand(h[:, m], banks_b[m], chosen, part)
 
     def run_as_huggingface(self):
         """A step as HuggingFace's modules launch it: the router in PyTorch, a plan of its own, then every linear for itself."""

@@ -268,8 +268,10 @@ def test_bad_arguments_are_refused():
     x, a, b, y = make_data(size, 32, (16,), torch.float32)
     h = shrink_tiles(x, a, tiles)
 
+    known = {}
+    shrink_tiles(x, a, tiles, known=known)
     with pytest.raises(ValueError, match="no backward pass"):
-        shrink_tiles(x.clone().requires_grad_(), a, tiles)
+        shrink_tiles(x.clone().requires_grad_(), a, tiles, known=known)
     with pytest.raises(ValueError, match="no backward pass"):
         expand_tiles(h, b[0].clone().requires_grad_(), tiles, y)
     with pytest.raises(ValueError, match="a is torch"):

@@ -1,6 +1,7 @@
 """The engine against HuggingFace: the same tokens, whatever the family, the adapter, the batch and the chunks."""
 
 import gc
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -344,6 +345,27 @@ def test_an_error_in_the_middle_leaves_the_engine_usable(monkeypatch, error, met
     assert one.generate([ids], max_new_tokens=20) == wanted  # while the traceback still lives
     del caught
     assert live_bytes() == before
+
+
+def test_ctrl_c_while_the_engine_is_taken_leaves_it_usable():
+    """A signal, right behind the moment in which a generation makes the engine its own."""
+    one, ids = engine(bare()), prompt(10)
+    wanted = one.generate([ids], max_new_tokens=3)
+
+    class Interrupted:
+        def __enter__(self):
+            turn.acquire()
+
+        def __exit__(self, *_):
+            turn.release()
+            signal.raise_signal(signal.SIGINT)
+
+    turn, one._turn = one._turn, Interrupted()
+    with pytest.raises(KeyboardInterrupt) as caught:
+        one.generate([ids], max_new_tokens=3)
+    one._turn = turn
+    assert one.generate([ids], max_new_tokens=3) == wanted  # while the traceback still lives
+    del caught
 
 
 def test_logits_that_are_no_numbers_are_reported_and_do_not_stay():

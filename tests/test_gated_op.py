@@ -122,8 +122,25 @@ def test_bad_arguments_are_refused():
         expand_gated(y[:, :15], h, [b[:, :15].contiguous()], tiles)
     with pytest.raises(ValueError, match=r"out is .* \[8, 16\]"):
         expand_gated(y, h, [b], tiles, y[:8])
-    with pytest.raises(ValueError, match="gradient"):
-        expand_gated(y, h, [b.requires_grad_()], tiles)
+
+
+@pytest.mark.parametrize("trained", ["x", "weight", "a", "b", "gates"])
+@pytest.mark.parametrize("together", [False, True])
+def test_gradients_are_refused_in_later_calls_too(trained, together):
+    """Whether A lies behind the weight or not; `known` tells the second call what the first has checked."""
+    size, known = (9, 8, 2, 4, 0), {}
+    tiles = make_tiles(route("uniform", *size[:3]), size)
+    x, weight, a, b = (torch.zeros(n, m, device=DEVICE) for n, m in ((9, 24), (16, 24), (32, 24), (32, 16)))
+    if together:
+        weight, a = append(weight, [a])
+    linear_gated(x, weight, [a], [b], tiles, known=known)
+    add_gated(torch.zeros(9, 16, device=DEVICE), x, [a], [b], tiles)
+    {"x": x, "weight": weight, "a": a, "b": b, "gates": tiles.gates}[trained].requires_grad_()
+    with pytest.raises(ValueError, match="no backward pass"):
+        linear_gated(x, weight, [a], [b], tiles, known=known)
+    if trained != "weight":
+        with pytest.raises(ValueError, match="no backward pass"):
+            add_gated(torch.zeros(9, 16, device=DEVICE), x, [a], [b], tiles)
 
 
 @pytest.mark.gpu

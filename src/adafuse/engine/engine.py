@@ -111,7 +111,7 @@ class Engine:
         self._readback = Readback(max_batch, self._backbone.device)
         # A graph is queued before the host has read the token of the one before it.
         self._ahead = 1 if graphs else 0
-        self._busy = threading.Lock()
+        self._turn, self._running = threading.Lock(), None  # who generates; changed under the lock
         # Of the last generation: tokens that nobody has read, and whether the cache may hold numbers that are not finite.
         self._coming, self._spoilt = deque(), False
 
@@ -241,14 +241,19 @@ class Engine:
 
     def _run(self, sequences, record) -> Iterator[list[str]]:
         """Continue the sequences to their ends; after each token, the piece of text of each (empty for those that have ended)."""
-        if not self._busy.acquire(blocking=False):
-            raise ValueError(
-                "the engine runs one generation at a time; exhaust or close() the stream that is open, or make another Engine"
-            )
+        mine = object()
         try:
+            with self._turn:
+                if self._running is not None:
+                    raise ValueError(
+                        "the engine runs one generation at a time; exhaust or close() the stream that is open, or make another Engine"
+                    )
+                self._running = mine
             yield from self._steps(sequences, record)
         finally:
-            self._busy.release()
+            # No call, where Python would look for signals: Ctrl-C, whenever it comes, leaves the engine free.
+            if self._running is mine:
+                self._running = None
 
     def _steps(self, sequences, record):
         runner, rows, adapted = self._runner, len(sequences), self._prepare(len(sequences))

@@ -207,6 +207,7 @@ def shrink_tiles(
     kernel's block sizes; they default by shape.
     """
     a = _as_tuple(a)
+    refuse_gradients(x, *a, tiles.gates)
     out = x.new_empty(tiles.h_shape(len(a))) if out is None else out
     if known is None or "shrink" not in known:
         _check_shrink(x, a, tiles, out)
@@ -344,7 +345,6 @@ def _block_shape(h, features, tiles):
 
 def _check_shrink(x, a, tiles, out):
     _check_tiles(tiles)
-    refuse_gradients(x, *a, tiles.gates)
     if x.dim() != 2 or x.shape[0] != tiles.tokens:
         raise ValueError(f"x is {list(x.shape)}, needs [T, I] with the {tiles.tokens} tokens of the routing")
     for part in a:

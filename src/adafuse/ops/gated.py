@@ -30,6 +30,7 @@ def linear_gated(x, weight, a, b, tiles: Tiles, out=None, *, known: dict | None 
     x [T, I], weight [O_1 + ... + O_M, I]; for each linear of the group a [R, I] and b [R, O_m]. One matmul of the vendor's if the a lie
     behind the weight (`appended`), else two. Other conditions, and keywords, as of `expand_gated`.
     """
+    refuse_gradients(x, weight, *a)  # here: the matrix below is detached
     known = {} if known is None else known
     if "matrix" not in known:
         known["matrix"] = whole(weight, a)
@@ -43,6 +44,7 @@ def linear_gated(x, weight, a, b, tiles: Tiles, out=None, *, known: dict | None 
 
 def add_gated(y, x, a, b, tiles: Tiles, **given):
     """y [T, O_1 + ... + O_M], changed in place, plus what the experts add. Arguments as of `linear_gated`."""
+    refuse_gradients(x, *a)
     matrix = whole(a[0], a[1:])
     h = torch.cat([x @ part.T for part in a], dim=1) if matrix is None else x @ matrix.T
     return expand_gated(y, h, b, tiles, y, **given)
@@ -154,6 +156,7 @@ def expand_gated(
     keywords before it, default by shape. known: what earlier calls with the same matrices found out, kept by the caller; nothing is
     checked again. Safe inside a CUDA graph.
     """
+    refuse_gradients(y, h, *b, tiles.gates)
     out = y.new_empty(y.shape) if out is None else out
     shape = _shape(y, tiles)
     block_o, num_warps = block_o or shape["block_o"], num_warps or shape["num_warps"]
@@ -190,7 +193,6 @@ def _shape(y, tiles):
 
 
 def _check(y, h, b, tiles, out):
-    refuse_gradients(y, h, *b)
     if tiles.order.dim() != 1:
         raise ValueError(f"{list(tiles.order.shape[:-1])} routing decisions were given; choose one: tiles[d]")
     if not 1 <= len(b) <= MOST_LINEARS:

@@ -111,6 +111,7 @@ def matmul_tiles(
     calls with these base_weights and b found out, kept by the caller; nothing is checked again. The remaining keywords are block
     sizes, which default by dtype. No host sync, no allocation: safe inside a CUDA graph.
     """
+    refuse_gradients(x, h, *base_weights, *b)
     exact = x.dtype == torch.float32  # no tensor cores: small tiles
     block_o, block_i = block_o or (64 if exact else 256), 32 if exact else 64
     known, key = {} if known is None else known, ("matmul", tiles.block_r, block_o)
@@ -145,7 +146,6 @@ def readable(weight) -> bool:
 
 
 def _check(x, base_weights, h, b, tiles, out):
-    refuse_gradients(x, *base_weights)
     if not 1 <= len(base_weights) <= MOST_LINEARS:
         raise ValueError(f"{len(base_weights)} base weights were given; one launch takes 1 to {MOST_LINEARS}")
     if x.dim() != 2 or x.shape[0] != tiles.tokens or x.stride(1) != 1:
