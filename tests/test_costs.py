@@ -277,6 +277,11 @@ def test_explain_execution_counts_the_forms(capsys):
     assert "beside: the base as it is, then the chosen experts" in text
     (line,) = [line for line in text.splitlines() if "beside:" in line]
     assert "32 launches" in line
+    (fused,) = [line for line in text.splitlines() if " fused " in line]
+    assert "launched from Python in 4.0" in fused, "8 linears of 0.5 ms"
+    (cost,) = [c for c in costs(model._gate.layers(torch.float32), model._gate.config, 1, 4) if c.execution == "fused"]
+    assert f"expected: {1e3 * cost.seconds:.2f} ms on the GPU" in fused
+    assert text.endswith('the model is on cpu, where "auto" takes the reference; the times are of an H100')
     assert forms_of(model, 1) == {"beside": 8}
     assert forms_of(model, 9) == {"beside_gated": 8}
     llama = attached("llama")

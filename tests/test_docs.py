@@ -1,5 +1,6 @@
 """What the documents say: code blocks run, links lead somewhere, tables are those of the committed results."""
 
+import json
 import re
 import runpy
 import subprocess
@@ -27,6 +28,22 @@ def run_blocks(path, base):
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL), start=1):
         exec(compile(block.replace(HUB_NAME, str(base)), f"{path.name}, block {number}", "exec"), namespace)
     return namespace
+
+
+def test_ratios_of_decode_are_of_the_rows_that_they_name():
+    """Of the same case in the same file, unless a row says that it comes from another run."""
+    rows = json.loads((ROOT / "benchmarks/results/h100/decode.json").read_text())["rows"]
+
+    def place(row, name):
+        return name, *(row["case"][key] for key in ("model", "context", "batch"))
+
+    medians = {place(row, row["name"]): row["median"] for row in rows}
+    compared = [row for row in rows if row["vs"] is not None]
+    assert len(compared) > 500
+    for row in compared:
+        of_file = row["median"] / medians[place(row, row["vs"])]
+        assert "run" in row["case"] or row["ratio"] == pytest.approx(of_file), row["name"]
+    assert sum("run" in row["case"] for row in rows) == 5  # PESC of one case, docs/latency.md
 
 
 def test_the_examples_of_the_readme_run(base, capsys):

@@ -175,7 +175,7 @@ def test_logits_that_are_no_numbers_are_reported_and_do_not_stay():
 @pytest.mark.parametrize("adapter", ["layer", "shared"])
 def test_switched_weights_give_the_same_tokens(source, adapter):
     model, ids = a_model("llama", adapter), prompt(20)
-    wanted = generated(model, ids, min(COUNT, 20))
+    wanted = generated(model, ids, COUNT if source == "pristine" else min(COUNT, 20))  # in place weights drift
     before = {name: tensor.clone() for name, tensor in model.get_base_model().state_dict().items()}
     model.switch_source = source
     model.execution = "switch"

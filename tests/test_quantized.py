@@ -113,6 +113,24 @@ def test_gradients_are_those_on_the_dequantised_base(kind, folder):
     assert max(errors.values()) < tolerance, errors
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_add_the_experts_beside_a_quantised_base(kind, folder, few_programs):
+    """A prompt, and one token; on a CPU in Triton's interpreter. 8-bit bitsandbytes rounds by what is in the batch, so both see one."""
+    pytest.importorskip("triton")
+    model = AdaFuseModel(quantized(folder, kind), AdaFuseConfig(r=2, num_experts=4, routing="layer")).eval()
+    fill(model)
+    ids = collate(examples(1))["input_ids"]
+    for tokens in (ids, ids[:, :1]):
+        found = {}
+        for model.execution in ("reference", "fused"):
+            with torch.no_grad():
+                found[model.execution] = model(input_ids=tokens).logits
+        with torch.no_grad(), model.disable_adapter():
+            bare = model(input_ids=tokens).logits
+        assert relative_error(bare, found["reference"]) > 1e-2, "the experts add nothing"
+        assert relative_error(found["fused"], found["reference"]) < (2e-2 if kind == "bitsandbytes 8 bit" else 1e-4)
+
+
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_the_command_trains_on_a_quantised_base(bits, folder, tmp_path):
     pytest.importorskip("bitsandbytes")

@@ -484,16 +484,22 @@ def _switch(layers, step) -> Cost:
 
 
 def explain(found: list[Cost], chosen: str, tokens: int) -> str:
-    """A table of the costs, the chosen one marked, each with the forms that its linears take."""
+    """A table of the costs, the chosen one marked, each with the forms that its linears take and the time that is expected."""
     lines = [f"{tokens} token(s) a forward, adapted linears only:"]
     for cost in found:
-        lines.append(f"{'->' if cost.execution == chosen else '  '} {cost.execution:10} {_numbers(cost)}")
+        mark = "->" if cost.execution == chosen else "  "
+        lines.append(f"{mark} {cost.execution:10} {_numbers(cost)}   {_expected(cost)}")
         lines += [f"   {part.linears:5} linears {_numbers(part)}   {_name(part)}" for part in cost.parts]
     return "\n".join(lines)
 
 
 def _numbers(what):
     return f"{what.bytes / 1e9:9.3f} GB {what.flops / 1e9:12.1f} GFLOP {len(what.kernels):5} launches"
+
+
+def _expected(cost):
+    host = f", launched from Python in {1e3 * cost.host:.1f}" if cost.host else ""
+    return f"expected: {1e3 * cost.seconds:.2f} ms on the GPU{host}"
 
 
 def _name(part):

@@ -149,7 +149,8 @@ class AdaFuseModel(AttachedModel):
         return super().detach()
 
     def explain_execution(self, tokens: int = 1) -> str:
-        """Print, and return, what a forward of `tokens` tokens without gradients would do, and the bytes and FLOPs of each execution.
+        """Print, and return, what a forward of `tokens` tokens without gradients would do, and the bytes, FLOPs and expected time of each
+        execution, on this GPU or, for a model elsewhere, on an H100.
 
         Under "fused", how many linears take which form (`costs.FORMS`); weights of the base are counted as they are stored.
         """
@@ -157,9 +158,11 @@ class AdaFuseModel(AttachedModel):
         layers, device = gate.layers(dtype), self.router.device
         of = gate.config, tokens, dtype.itemsize
         text = explain(costs(layers, *of, Device.of(device)), gate.how(1, tokens, dtype, needs_grad=False), tokens)
-        if self.execution == "auto" and device.type == "cuda":
+        if device.type != "cuda":
+            text += f'\nthe model is on {device.type}, where "auto" takes the reference; the times are of an H100'
+        elif self.execution == "auto":
             captured = cheapest(layers, *of, True, Device.of(device))
-            text += f"\nlaunched from Python; in a CUDA graph: {captured}"
+            text += f"\nlaunched from Python, a forward takes the longer of both times; in a CUDA graph, the GPU's alone: {captured}"
         print(text)
         return text
 
