@@ -323,8 +323,8 @@ def test_memory_is_flat():
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, torch.OutOfMemoryError])
-@pytest.mark.parametrize("method", ["prefill", "step", "halt"])
-def test_an_error_in_the_middle_leaves_the_engine_usable(monkeypatch, error, method):
+@pytest.mark.parametrize(("method", "call"), [("begin", 1), ("prefill", 2), ("step", 2), ("halt", 2)])
+def test_an_error_in_the_middle_leaves_the_engine_usable(monkeypatch, error, method, call):
     model, ids = adapted(), prompt(40)
     one = engine(model)
     one.generate([ids] * 2, max_new_tokens=20)
@@ -333,7 +333,7 @@ def test_an_error_in_the_middle_leaves_the_engine_usable(monkeypatch, error, met
 
     def fails(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == call:
             raise error("stop")
         return original(*args, **kwargs)
 

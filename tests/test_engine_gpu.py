@@ -96,10 +96,8 @@ def test_in_bf16_texts_part_only_where_the_top_two_are_within_rounding(name, way
         model = model.detach()
     exact = copy.deepcopy(model).float()
     one, asked, options = engine(model), prompts(100, 30, 7), {"max_new_tokens": 200, "eos_token_id": ()}
-    if way == "several at once":
-        found = one.generate(asked, **options)
-    else:
-        found = [one.generate([ids], **options)[0] for ids in asked]
+    batches = [asked] if way == "several at once" else [[ids] for ids in asked]
+    found = [each for batch in batches for each in one.generate(batch, **options)]
     for ids, mine in zip(asked, (each.ids for each in found), strict=True):
         theirs = generated(model, ids, 200)
         rounded, logits = (logits_of(each, ids + mine[:-1])[len(ids) - 1 :] for each in (model, exact))
@@ -111,6 +109,24 @@ def test_in_bf16_texts_part_only_where_the_top_two_are_within_rounding(name, way
             top = logits[place].topk(2)
             assert {mine[place], theirs[place]} == set(top.indices.tolist())
             assert top.values[0] - top.values[1] < rounding
+
+
+def test_ctrl_c_in_a_capture_leaves_the_engine_usable(model, monkeypatch):
+    options = {"max_new_tokens": 20, "eos_token_id": ()}
+    wanted = engine(model).generate(prompts(40), **options)
+    one = engine(model)
+    step = one._runner._step
+
+    def interrupted(*args):
+        step(*args)
+        if torch.cuda.is_current_stream_capturing():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(one._runner, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        one.generate(prompts(40), **options)
+    monkeypatch.undo()
+    assert one.generate(prompts(40), **options) == wanted
 
 
 def test_plain_pytorch_in_a_graph_is_the_eager_step(model):
