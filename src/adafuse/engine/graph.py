@@ -52,8 +52,13 @@ class Graphs:
                     run()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with captured(graph, pool=self._pool):
-                run()
+            try:
+                with captured(graph, pool=self._pool):
+                    run()
+            except BaseException:  # Ctrl-C, too
+                if not self._graphs:
+                    self.clear()
+                raise
         self._graphs[name] = graph
 
     def replay(self, name):
