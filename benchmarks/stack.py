@@ -69,20 +69,22 @@ class Stack:
     def num_bytes(self):
         return 2 * self.flat.numel()
 
-    def steps(self):
-        """(block, index of the group, group, x, y) in the order of the forward."""
+    def steps(self, only=None):
+        """(block, index of the group, group, x, y) in the order of the forward; only: of the group with this index."""
         x = self.x
         for block in range(self.blocks):
             for index, group in enumerate(self.groups):
                 y, x = self.outputs[block][index], x[:, : group.features]
-                yield block, index, group, x * 1.0 if self.among else x, y
+                if only in (None, index):
+                    yield block, index, group, x * 1.0 if self.among else x, y
                 x = y
 
     def linears(self, block, index):
         return self.weights[block][index].split(self.groups[index].widths)
 
-    def run_cublas(self):
-        for block, index, _, x, y in self.steps():
+    def run_cublas(self, only=None):
+        """only: the index of the group that is computed, from what its inputs hold; None: all."""
+        for block, index, _, x, y in self.steps(only):
             torch.mm(x, self.weights[block][index].T, out=y)
 
     def run_backbone(self, pdl=True):
@@ -288,9 +290,10 @@ class Batch(Banks):
     def tiles(self, **blocks):
         return lay_out(self.experts, self.weights, num_experts=self.num_experts, r=self.r, **blocks)
 
-    def run(self, form=None, **given):
-        """A step: all groups in one form, or each in its own (a list), by default in the one that the library takes. given: keywords of the
-        form's kernel, blocks of the layout, or fields of `crowd`'s Cut. Early launch is the engine's, which runs few tokens."""
+    def run(self, form=None, only=None, **given):
+        """A step: all groups in one form, or each in its own (a list), by default in the one that the library takes. only: the index of the
+        group that is computed; None: all. given: keywords of the form's kernel, blocks of the layout, or fields of `crowd`'s Cut. Early
+        launch is the engine's, which runs few tokens."""
         stack, blocks = (
             self.stack,
             {name: given.pop(name) for name in ("block_t", "block_r") if name in given and form != "crowd"},
@@ -299,8 +302,8 @@ class Batch(Banks):
         tiles = cache(lambda: self.tiles(**blocks))
         gates = cache(lambda: dense_gates(self.experts, self.weights, self.num_experts))
         launch = {name: getattr(self, f"_{name}")(tiles, gates, **given) for name in set(names)}
-        for step, (block, index, group, x, y) in enumerate(stack.steps()):
-            launch[names[index]](step, block, index, group, x, y)
+        for block, index, group, x, y in stack.steps(only):
+            launch[names[index]](block * len(stack.groups) + index, block, index, group, x, y)
 
     # Each: what a step prepares, and the function that then computes a group.
 

@@ -14,9 +14,10 @@ import record
 import torch
 from bench_kernels import MIXTURES, MODELS, routing, segments
 from shapes import SHAPES
-from stack import Adapters, Batch, Stack
+from stack import MOST_OF_A_CROWD, Adapters, Batch, Stack
 from timing import best_read_times, check, free, graph_of, times
 
+from adafuse.costs import FEW_TOKENS
 from adafuse.ops import decode as decode_op
 from adafuse.ops.batch import expand_tiles, shrink_tiles
 from adafuse.ops.switch import SwitchTable, Tile, switch
@@ -191,6 +192,25 @@ def sweep_among(sweep, model, tokens, ranks, rs):
             free()
 
 
+def sweep_groups(sweep, model, tokens, ranks, rs):
+    """Each group of linears by itself in every block, among ordinary kernels: where a form loses to another."""
+    stack = Stack(model, tokens=tokens, ranks=ranks, among=True)
+    stack.run_cublas()  # inputs for all groups
+    read = best_read_times(stack.flat)
+    batches = {r: Batch(stack, num_experts=8, r=r, top_k=2) for r in rs}
+    forms = ["decode"] * (tokens <= FEW_TOKENS) + ["crowd"] * (tokens <= MOST_OF_A_CROWD) + ["gated"] * (tokens > 32)
+    for index, group in enumerate(stack.groups):
+        case = {"tokens": tokens, "ranks": ranks, "group": group.name}
+        share = group.features * sum(group.widths) * stack.blocks * 2 / stack.num_bytes
+        bound = record.row(f"read {group.name}", case, [share * sample for sample in read], "ms")
+        sweep.rows.append(bound)
+        sweep.time("cublas", case, partial(stack.run_cublas, index), bound, stack.prepare)
+        for r, batch in batches.items():
+            for form in forms:
+                options = {} if form == "gated" else {"pdl": False}
+                sweep.time(f"{form}_r{r}", case, partial(batch.run, form, index, **options), bound, stack.prepare)
+
+
 def sweep_batch(sweep, model, tokens):
     stack = Stack(model, tokens=tokens)
     repeats = 20 if tokens < 1000 else 6
@@ -270,6 +290,7 @@ def main():
         "few": sweep_few,
         "mixed": sweep_mixed,
         "among": sweep_among,
+        "groups": sweep_groups,
         "batch": sweep_batch,
         "pieces": sweep_pieces,
         "crowd": sweep_crowd,
@@ -279,12 +300,14 @@ def main():
     parser.add_argument("--kernel", choices=kernels, required=True)
     parser.add_argument("--model", choices=SHAPES, default=MODELS[0], help="whose shapes")
     parser.add_argument("--tokens", type=int, default=32, help="of a crowd or batch")
-    parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel ranks that share a linear, for `among`")
-    parser.add_argument("--r", nargs="+", type=int, default=[16, 64], help="of the experts, for `among`")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="tensor-parallel ranks that share a linear, for `among` and `groups`"
+    )
+    parser.add_argument("--r", nargs="+", type=int, default=[16, 64], help="of the experts, for `among` and `groups`")
     parser.add_argument("--out", required=True, help="JSON file to write")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    sweep, more = Sweep(), [args.ranks, args.r] if args.kernel == "among" else []
+    sweep, more = Sweep(), [args.ranks, args.r] if args.kernel in ("among", "groups") else []
     kernels[args.kernel](sweep, args.model, args.tokens, *more)
     record.write(args.out, sorted(sweep.rows, key=lambda row: (row["name"], row["median"])))
 

@@ -100,6 +100,22 @@ def test_a_batch_runs_each_group_in_the_form_that_is_asked_for():
     assert batch.error() < LIMIT
 
 
+def test_one_group_of_a_batch_by_itself():
+    toy = stack.Stack("toy", tokens=5, device=DEVICE, among=True)
+    toy.run_cublas()
+    batch = stack.Batch(toy, num_experts=4, r=4, top_k=2)
+    others = [y.clone() for y in (toy.outputs[1][0], toy.outputs[1][2])]
+    for block in range(toy.blocks):
+        toy.outputs[block][1].fill_(float("nan"))
+    for form in ("decode", "crowd"):
+        batch.run(form, only=1, pdl=False)
+        for block, _, _, x, y in toy.steps(only=1):
+            assert y.isfinite().all()
+            plain = x @ toy.weights[block][1].T
+            assert LIMIT < stack.relative_error(y, plain.double()) < 1  # with experts
+    assert all(map(torch.equal, others, (toy.outputs[1][0], toy.outputs[1][2])))
+
+
 def test_the_scripts_import():
     import bench_kernels as kernels
     import sweep
