@@ -47,10 +47,10 @@ from adafuse.engine.backbone import read_backbone
 
 LIMIT = 1.5  # times the error against fp32 that HuggingFace's own forward has in bf16
 MERGED = 2  # the same where experts are rounded into the weights, or the router's weights to bf16
-# New tokens. FEW: of what is published, where one takes hundreds of milliseconds. The cache has room for NEW in every row.
+# New tokens. FEW: of what is published, where one takes hundreds of milliseconds, if no other number is asked for. The cache has room for
+# NEW in every row.
 NEW, FEW = 128, 12
 MERGING = ("merge_per_matrix", "switch_pristine", "switch_in_place")
-WARMUP = {NEW: 8, FEW: 3}  # tokens that are not counted
 ROWS = (
     "roofline", "host/launch", "hf/eager", "hf/compiled", "engine/backbone", "engine/fused_r64", "engine/fused_r16",
     "engine/switch_pristine", "engine/switch_in_place", "engine/merge_per_matrix", "graphed/layerwise_ours", "published/layerwise",
@@ -69,12 +69,12 @@ class Measured(NamedTuple):
 class Bench:
     """One model, context and batch: the base, the prompts, the tokens that are forced, and the rows so far."""
 
-    def __init__(self, model, context, batch, device, only, profile=False, compile_mode=None, until=None):
+    def __init__(self, model, context, batch, device, only, profile=False, compile_mode=None, until=None, few=FEW):
         self.case = {"model": model, "context": context, "batch": batch}
         self.context, self.batch, self.device = context, batch, device
         self.only, self.profile, self.compile_mode, self.until = only, profile, compile_mode, until
         self.tiny = device == "cpu"
-        self.new, self.few = (3, 3) if self.tiny else (NEW, FEW)
+        self.new, self.few = (3, 3) if self.tiny else (NEW, few)
         self.base = base_model(model, device)
         self.backbone = read_backbone(self.base)
         shape, generator = SHAPES[model], torch.Generator().manual_seed(0)
@@ -113,7 +113,8 @@ class Bench:
         if self.tiny:
             return [1e3 * (b - a) for a, b in pairwise(stamps)]
         torch.cuda.synchronize()
-        return [a.elapsed_time(b) for a, b in pairwise(stamps)][WARMUP.get(count, 0) :]
+        warmup = 8 if count == NEW else 0 if count < FEW else 3  # tokens that are not counted
+        return [a.elapsed_time(b) for a, b in pairwise(stamps)][warmup:]
 
     def _stamp(self):
         if self.tiny:
@@ -400,6 +401,10 @@ def main():
     parser.add_argument("--model", nargs="+", choices=[*SHAPES], default=["llama-2-7b"])
     parser.add_argument("--context", nargs="+", type=int, default=[256], help="tokens of the prompt")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], choices=(1, 2, 4, 8))
+    parser.add_argument(
+        "--published-tokens", type=int, default=FEW, choices=range(FEW, NEW + 1), metavar="N",
+        help=f"new tokens of the rows of what is published, {FEW} (the default) to {NEW}",
+    )  # fmt: skip
     parser.add_argument("--minutes", type=float, help="rows that would begin later are left out")
     parser.add_argument(
         "--profile", action="store_true", help="launches, and what parts of a step cost, as rows of their own"
@@ -421,6 +426,7 @@ def main():
     rows, wrong = [], []
     for case in product(args.model, args.context, args.batch):
         options = {"profile": args.profile, "compile_mode": args.compile_mode, "until": until}
+        options["few"] = args.published_tokens
         bench = Bench(*case, "cpu" if args.tiny else "cuda", args.only, **options)
         try:
             bench.run()
