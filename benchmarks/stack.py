@@ -377,8 +377,9 @@ class Batch(Banks):
 
         return launch
 
-    def _crowd(self, _, gates, **given):
-        stack, tokens, ranks = self.stack, len(self.experts), len(self.a[0][0][0])
+    def _crowd(self, _, gates, bare=False, **given):
+        """bare: the base alone."""
+        stack, tokens, ranks = self.stack, len(self.experts), 0 if bare else len(self.a[0][0][0])
         pdl = given.pop("pdl", tokens <= FEW_TOKENS)
         cuts = [cut_for(tokens, g.features, g.widths, ranks, **given) for g in stack.groups]
         counts = [cut.num_flags(tokens, len(g.widths), ranks) for cut, g in zip(cuts, stack.groups, strict=True)]
@@ -390,11 +391,12 @@ class Batch(Banks):
             torch.empty(cut.h_shape(tokens, len(g.widths), ranks), device=stack.device, dtype=torch.bfloat16)
             for cut, g in zip(cuts, stack.groups, strict=True)
         ]
-        found = gates()
+        found = None if bare else gates()
 
         def launch(step, block, index, group, x, y):
             scratch = {"h": hs[index], "partial": partials[index], "flags": flags[step], "cut": cuts[index]}
             banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "gates": found, "r": self.r}
+            banks = {} if bare else banks
             crowd(x, stack.linears(block, index), y, **banks, **scratch, pdl=pdl)
 
         return launch

@@ -205,6 +205,9 @@ def sweep_groups(sweep, model, tokens, ranks, rs):
         bound = record.row(f"read {group.name}", case, [share * sample for sample in read], "ms")
         sweep.rows.append(bound)
         sweep.time("cublas", case, partial(stack.run_cublas, index), bound, stack.prepare)
+        if "crowd" in forms:
+            run = partial(batches[rs[0]].run, "crowd", index, bare=True, pdl=False)
+            sweep.time("crowd of the base", case, run, bound, stack.prepare)
         for r, batch in batches.items():
             for form in forms:
                 options = {} if form == "gated" else {"pdl": False}

@@ -114,6 +114,8 @@ def test_one_group_of_a_batch_by_itself():
             plain = x @ toy.weights[block][1].T
             assert LIMIT < stack.relative_error(y, plain.double()) < 1  # with experts
     assert all(map(torch.equal, others, (toy.outputs[1][0], toy.outputs[1][2])))
+    batch.run("crowd", bare=True, pdl=False)
+    assert toy.error() < LIMIT
 
 
 def test_the_scripts_import():
