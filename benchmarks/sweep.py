@@ -43,8 +43,12 @@ FEW = (
 AMONG = ({}, {"patient": True})
 CROWD = (
     {},
+    {"ask_for_b": True},
+    {"ask_for_b": True, "slots": 396, "num_stages": 3},  # three programs a processor, and four
+    {"ask_for_b": True, "slots": 528, "block_i": 64, "num_stages": 4},
     {"described": True},
     {"described": True, "num_stages": 4},
+    {"described": True, "slots": 396, "num_stages": 3},
     {"described": True, "block_o": 128, "block_i": 64, "num_stages": 5},
 )
 # The same for 65 to 128 tokens.

@@ -261,6 +261,7 @@ def _crowd_program(
     RANKS: tl.constexpr,
     PIECES: tl.constexpr,
     PREFETCH: tl.constexpr,
+    PREFETCH_B: tl.constexpr,
     PER_LINE: tl.constexpr,
     EVEN_O: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -311,7 +312,7 @@ def _crowd_program(
             w_row = w + tl.minimum(o, width - 1).to(tl.int64) * I  # rows and tokens past the last: the last, not stored
             x_row = x + tl.minimum(t, T - 1).to(tl.int64) * stride_x
         if R > 0:  # noqa: SIM102 - nested, so that the first is decided by the compiler
-            if to_step > I_STEPS and PDL and not DESCRIBED:
+            if to_step > I_STEPS and PREFETCH_B and not DESCRIBED:
                 b_row = tl.minimum(tl.arange(0, RANKS), R - 1)
                 for part in tl.static_range(0, BLOCK_O, PER_LINE):
                     _prefetch(b + b_row.to(tl.int64) * width + tl.minimum(block * BLOCK_O + part, width - 1))
@@ -382,12 +383,12 @@ def _crowd_kernel(
     x, base_weights, banks_a, banks_b, gates, h, partial, flags, y, stride_x, stride_y, T, shrinks,
     widths: tl.constexpr, O_TILES: tl.constexpr, I: tl.constexpr, R: tl.constexpr, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, RANKS: tl.constexpr,
-    PIECES: tl.constexpr, PREFETCH: tl.constexpr, PER_LINE: tl.constexpr, EVEN_O: tl.constexpr, ALIGNED: tl.constexpr,
-    PDL: tl.constexpr,
+    PIECES: tl.constexpr, PREFETCH: tl.constexpr, PREFETCH_B: tl.constexpr, PER_LINE: tl.constexpr, EVEN_O: tl.constexpr,
+    ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     _crowd_program(
         x, base_weights, banks_a, banks_b, gates, h, partial, flags, y, stride_x, stride_y, T, shrinks, widths, O_TILES,
-        I, R, E, r, BLOCK_T, BLOCK_O, BLOCK_I, BLOCK_R, RANKS, PIECES, PREFETCH, PER_LINE, EVEN_O, ALIGNED, False, PDL,
+        I, R, E, r, BLOCK_T, BLOCK_O, BLOCK_I, BLOCK_R, RANKS, PIECES, PREFETCH, PREFETCH_B, PER_LINE, EVEN_O, ALIGNED, False, PDL,
     )  # fmt: skip
 
 
@@ -396,8 +397,8 @@ def _crowd_described_kernel(
     x, w0, w1, w2, a0, a1, a2, b0, b1, b2, gates, h, partial, flags, y, stride_x, stride_y, T, shrinks,
     widths: tl.constexpr, O_TILES: tl.constexpr, I: tl.constexpr, R: tl.constexpr, E: tl.constexpr, r: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, RANKS: tl.constexpr,
-    PIECES: tl.constexpr, PREFETCH: tl.constexpr, PER_LINE: tl.constexpr, EVEN_O: tl.constexpr, ALIGNED: tl.constexpr,
-    PDL: tl.constexpr,
+    PIECES: tl.constexpr, PREFETCH: tl.constexpr, PREFETCH_B: tl.constexpr, PER_LINE: tl.constexpr, EVEN_O: tl.constexpr,
+    ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same of descriptors, which a kernel takes one by one."""
     if len(widths) == 1:
@@ -408,7 +409,7 @@ def _crowd_described_kernel(
         base_weights, banks_a, banks_b = (w0, w1, w2), (a0, a1, a2), (b0, b1, b2)
     _crowd_program(
         x, base_weights, banks_a, banks_b, gates, h, partial, flags, y, stride_x, stride_y, T, shrinks, widths, O_TILES,
-        I, R, E, r, BLOCK_T, BLOCK_O, BLOCK_I, BLOCK_R, RANKS, PIECES, PREFETCH, PER_LINE, EVEN_O, ALIGNED, True, PDL,
+        I, R, E, r, BLOCK_T, BLOCK_O, BLOCK_I, BLOCK_R, RANKS, PIECES, PREFETCH, PREFETCH_B, PER_LINE, EVEN_O, ALIGNED, True, PDL,
     )  # fmt: skip
 
 
@@ -417,7 +418,7 @@ def _crowd_described_kernel(
 
 def crowd(
     x, base_weights, out, *, banks_a=(), banks_b=(), gates=None, r=1, h=None, partial, flags, cut=None,
-    pdl=False,
+    pdl=False, ask_for_b=None,
 ):  # fmt: skip
     """out[t, column(m) + o] = sum_i base_weights[m][o, i] x[t, i] + sum_rank banks_b[m][rank, o] h[t, m, rank], with
 
@@ -429,7 +430,8 @@ def crowd(
     every time; h is rounded to the dtype of x.
 
     cut: how the work is cut, by default `cut_for` these shapes. h [cut.h_shape], partial [cut.partial_shape]: scratch, may serve
-    one call after another. flags int32 [cut.num_flags]: filled with 0 before each call.
+    one call after another. flags int32 [cut.num_flags]: filled with 0 before each call. ask_for_b: whether a tile's part of B is asked for
+    into the L2 cache when the tile begins; None: with pdl.
     The plan may be written by the kernel just ahead in the stream. No host sync, no allocation: safe inside a CUDA graph.
     """
     base_weights, banks_a, banks_b = tuple(base_weights), tuple(banks_a), tuple(banks_b)
@@ -472,6 +474,7 @@ def crowd(
             RANKS=next_power_of_2(max(1, ranks)),
             PIECES=next_power_of_2(max(1, cdiv(ranks, cut.block_o))),
             PREFETCH=next_power_of_2(cut.prefetch) if cut.prefetch else 0,
+            PREFETCH_B=(pdl if ask_for_b is None else ask_for_b) and not INTERPRETED.value,
             PER_LINE=LINE // x.element_size(),
             EVEN_O=all(width % cut.block_o == 0 for width in widths),
             ALIGNED=aligned_rows(features, *base_weights, *banks_a) and all(map(aligned_rows, widths, banks_b)),
