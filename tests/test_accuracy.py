@@ -22,7 +22,7 @@ import accuracy.train
 from accuracy import methods, study
 from accuracy.batches import buckets_of, widths_of
 from accuracy.choose import RATES as ALL_RATES
-from accuracy.choose import choose, gains, search_runs, summary, tune_runs
+from accuracy.choose import choose, gains, refine_runs, search_runs, summary, tune_runs
 from accuracy.evaluate import Evaluation, pack, unpack
 from accuracy.forward import Answers, divergence_of
 from accuracy.graphs import Replayed
@@ -30,7 +30,7 @@ from accuracy.heatmap import draw, overlap, shares_of
 from accuracy.items import SPLITS, make_items, read_items
 from accuracy.report import accuracy_rows
 from accuracy.routing_share import expert_shares
-from accuracy.runs import Run, check_study, results_of, work_through, write_json
+from accuracy.runs import Run, check_settings, check_study, read_json, results_of, work_through, write_json
 from accuracy.stats import paired_difference
 from accuracy.train import TrainSettings, _Step, plan_order, train
 from tables import TABLES
@@ -96,6 +96,7 @@ def small(monkeypatch):
             monkeypatch.delitem(registry, name)
         for name, method in entries.items():
             monkeypatch.setitem(registry, name, method)
+    monkeypatch.setattr("accuracy.choose.FIRST_RATE_OF", "lora_active")
 
 
 def command(phase, places, folder, *more):
@@ -123,25 +124,34 @@ def test_the_whole_study(places, small, tmp_path, capsys):
         assert "finish `tune`" in capsys.readouterr().err
     assert command("tune", places, folder, "--budget-s", "0") == study.RUNS_LEFT
     assert command("tune", places, folder) == 0
-    assert command("final", places, folder) == 1  # nothing was searched
+    few = ("--least-gain", "-1", "--seeds")
+    assert command("final", places, folder, *few, "1") == 1  # nothing was searched
     assert "finish `search`" in capsys.readouterr().err
     assert command("search", places, folder) == 0
-    assert command("all", places, folder, "--seeds", "1", "--budget-s", "0") == study.RUNS_LEFT  # tuned already
+    assert command("final", places, folder, *few, "1") == 1
+    assert "finish `refine`" in capsys.readouterr().err
+    assert command("refine", places, folder) == 0
+    assert command("final", places, folder) == 1  # a toy learns nothing
+    assert "no method gains 10 points over the base in " in capsys.readouterr().err
+    assert command("all", places, folder, *few, "1", "--budget-s", "0") == study.RUNS_LEFT  # tuned already
     assert not list(folder.glob("final-*"))
     check_search(folder)
     printed = capsys.readouterr().out
     assert "final: 0 of 4 runs are done" in printed
     assert "best at an end of the rates" in printed
-    assert command("final", places, folder, "--seeds", "1", "2") == 0
+    assert command("final", places, folder, *few, "1", "2") == 0
     chosen = json.loads((folder / "chosen.json").read_text())
     assert chosen["pregate_best"]["built_as"] in methods.SEARCH
     assert {path.suffix for path in folder.iterdir()} == {".json"}  # all of it can be committed
-    assert summed_up("report", folder, "--out", str(out)) == 1  # no layer-wise method among these
+    assert summed_up("report", folder, "--out", str(out)) == 1
+    assert "from 2 seeds, of 5" in capsys.readouterr().err
+    two = ("--least-seeds", "2", "--out")
+    assert summed_up("report", folder, *two, str(out)) == 1  # no layer-wise method among these
     assert "'layerwise'" in capsys.readouterr().err
-    assert summed_up("report", folder, "--out", str(out), "--reference", "lora_active") == 0
+    assert summed_up("report", folder, *two, str(out), "--reference", "lora_active") == 0
     check_report(json.loads(out.read_text()))
     routing = out.with_name("routing.json")
-    assert summed_up("heatmap", folder, "--out", str(routing)) == 0
+    assert summed_up("heatmap", folder, *two, str(routing)) == 0
     check_heatmap(json.loads(routing.read_text())["rows"])
 
 
@@ -201,7 +211,9 @@ def check_report(document):
     for table, lines in (("accuracy", 4 + 4), ("accuracy.domains", 2 + 4)):
         assert len(TABLES[table](document["rows"])) == lines
     trials = [line for line in TABLES["accuracy.trials"](document["rows"]) if line.startswith("| ")]
-    assert len(trials) == 1 + 2 + 1 + len(methods.SEARCH)  # two methods that train, and the forms
+    assert (
+        len(trials) == 1 + 2 + 1 + len(methods.SEARCH) + 2
+    )  # two methods that train, and the forms, one at three rates
     assert rows["accuracy/lora_active", "mean", 1]["case"]["params"] > 0
 
 
@@ -323,7 +335,7 @@ def all_tuned(folder, best):
 
 
 def runs_of(phase, folder):
-    options = argparse.Namespace(runs=folder, methods=None, rates=ALL_RATES, seeds=study.SEEDS)
+    options = argparse.Namespace(runs=folder, methods=None, rates=ALL_RATES, seeds=study.SEEDS, least_gain=0.1)
     return study.runs_of(options, phase)
 
 
@@ -332,11 +344,20 @@ def test_choices_are_fixed_once(small, tmp_path):
         for seed, mean in zip((0, 100), accuracies, strict=True):
             tried(tmp_path, Run("tune", name, rate, seed, name), mean)
 
+    def tried_again(rates):
+        for run in refine_runs(tmp_path, ["lora_active", "pregate_paper"], rates):
+            tried(tmp_path, run, 0.4)
+
     for name in ("lora_active", "pregate_paper"):
         tried_from(name, 0.1, 0.5, 0.3)
     with pytest.raises(ValueError, match=r"2 of 4 .*tune-lora_active-lr0.2-seed0.json; finish `tune`"):
         choose(tmp_path, ["lora_active"], [0.1, 0.2])
     tried_from("lora_active", 0.2, 0.3, 0.5)
+    with pytest.raises(ValueError, match=r"4 of 4 .*refine-lora_active-lr0.1-seed200.json; finish `refine`"):
+        choose(tmp_path, ["lora_active"], [0.1, 0.2])
+    tried_again([0.1])
+    for seed in (200, 300):
+        tried(tmp_path, Run("refine", "lora_active", 0.2, seed, "lora_active"), 0.4)
     tied = choose(tmp_path, ["lora_active"], [0.2, 0.1])
     assert tied["lora_active"]["learning_rate"] == 0.1  # the lower one
     choose(tmp_path, ["lora_active", "pregate_paper"], [0.1])
@@ -346,23 +367,30 @@ def test_choices_are_fixed_once(small, tmp_path):
 
 
 def test_the_best_mean_over_the_seeds_is_taken(small, tmp_path):
-    """The best single run is at 0.3, and it diverged from the other seed."""
+    """The best single run is at 0.3, and it diverged from the other seed; 0.2 is best of the first two seeds, 0.1 of all four."""
     runs = tune_runs(["lora_active"], [0.1, 0.2, 0.3])
-    found = {(0.1, 0): 0.4, (0.1, 100): 0.4, (0.2, 0): 0.3, (0.2, 100): 0.6, (0.3, 0): 0.8, (0.3, 100): 0.0}
+    found = {(0.1, 0): 0.42, (0.1, 100): 0.4, (0.2, 0): 0.3, (0.2, 100): 0.6, (0.3, 0): 0.8, (0.3, 100): 0.0}
     for run in runs[:4]:
         tried(tmp_path, run, found[run.learning_rate, run.seed])
     (line,) = summary(tmp_path, runs)
-    assert " ".join(line.split()) == "lora_active 0.1: 40.00% 0.2: 30.00% 0.3: 80.00% best at an end of the rates"
+    assert " ".join(line.split()) == "lora_active 0.1: 41.00% 0.2: 30.00% 0.3: 80.00% best at an end of the rates"
     for run in runs[4:]:
         tried(tmp_path, run, found[run.learning_rate, run.seed])
+    (line,) = summary(tmp_path, runs)
+    assert " ".join(line.split()) == "lora_active 0.1: 41.00% 0.2: 45.00% 0.3: 40.00%"
+    again = refine_runs(tmp_path, ["lora_active"], [0.1, 0.2, 0.3])
+    assert [(run.learning_rate, run.seed) for run in again] == [(0.2, 200), (0.1, 200), (0.2, 300), (0.1, 300)]
+    for run in again:
+        tried(tmp_path, run, {0.1: 0.42, 0.2: 0.39}[run.learning_rate])
     assert choose(tmp_path, ["lora_active"], [0.1, 0.2, 0.3])["lora_active"] == {
         "built_as": "lora_active",
         "learning_rate": 0.2,
-        "teacher_rate": 0.0,
-        "validation": pytest.approx(0.45),
+        "validation": pytest.approx((0.3 + 0.6 + 2 * 0.39) / 4),
     }
-    (line,) = summary(tmp_path, runs)
-    assert " ".join(line.split()) == "lora_active 0.1: 40.00% 0.2: 45.00% 0.3: 40.00%"
+    for run in again:
+        tried(tmp_path, run, {0.1: 0.44, 0.2: 0.39}[run.learning_rate])
+    with pytest.raises(ValueError, match="fixed other settings"):
+        choose(tmp_path, ["lora_active"], [0.1, 0.2, 0.3])
 
 
 def test_every_method_has_as_many_trials(tmp_path):
@@ -374,20 +402,55 @@ def test_every_method_has_as_many_trials(tmp_path):
     all_tuned(tmp_path, {"pregate_paper": 0.001, "layerwise": 0.004})
     search = runs_of("search", tmp_path)
     assert len(search) == 12
-    assert {(run.learning_rate, run.seed) for run in search} == {(0.001, 0)}
+    assert {(run.learning_rate, run.seed) for run in search} == {(0.004, 0)}
     assert {run.method: run.teacher_rate for run in search if run.teacher_rate} == {"layer_fine_distilled": 0.004}
     with pytest.raises(ValueError, match="finish `search`"):
-        runs_of("final", tmp_path)
+        runs_of("refine", tmp_path)
+    best_first = ["layer_fine_distilled", "layer_fine_shared", "layer"]  # the first has a teacher
     for run in search:
-        tried(tmp_path, run, 0.5 + 0.1 * (run.method == "layer_fine_distilled"))
+        tried(tmp_path, run, 0.8 - 0.1 * best_first.index(run.method) if run.method in best_first else 0.4)
+    refine = runs_of("refine", tmp_path)
+    forms = {(run.method, run.learning_rate, run.seed) for run in refine if run.method in methods.SEARCH}
+    assert forms == {(name, rate, 0) for name in best_first[1:] for rate in (0.002, 0.008)}
+    assert Counter(run.method for run in refine if run.method in methods.METHODS) == {
+        name: 4 for name in methods.METHODS if name != "base"
+    }
+    assert {run.seed for run in refine if run.method in methods.METHODS} == {200, 300}
+    with pytest.raises(ValueError, match="finish `refine`"):
+        runs_of("final", tmp_path)
+    for run in refine:
+        tried(tmp_path, run, 0.75 if (run.method, run.learning_rate) == ("layer", 0.008) else 0.5)
     final = runs_of("final", tmp_path)
-    assert len({run.file for run in (*tune, *search, *final)}) == 189  # and none writes over another one's file
-    assert not {run.seed for run in final} & {run.seed for run in tune}
+    assert (
+        len({run.file for run in (*tune, *search, *refine, *final)}) == 233
+    )  # and none writes over another one's file
+    assert not {run.seed for run in final} & {run.seed for run in (*tune, *refine)}
     best = {(run.built_as, run.learning_rate, run.teacher_rate) for run in final if run.method == "pregate_best"}
-    assert best == {("layer_fine_distilled", 0.001, 0.004)}
+    assert best == {("layer", 0.008, 0.0)}
 
 
-def test_another_teacher_is_another_run(tmp_path):
+def test_runs_of_other_settings_are_refused(tmp_path):
+    all_tuned(tmp_path, {})
+    (run,) = (run for run in tune_runs(["moral"], ALL_RATES) if (run.learning_rate, run.seed) == (0.001, 100))
+    settings = methods.METHODS["moral"].settings
+    write_json(tmp_path / run.file, {**read_json(tmp_path / run.file), "settings": settings})
+    runs_of("search", tmp_path)
+    write_json(tmp_path / run.file, {**read_json(tmp_path / run.file), "settings": {**settings, "r": 1}})
+    with pytest.raises(ValueError, match=r"a run of moral with other settings \(tune, rate 0.001, seed 100\)"):
+        runs_of("search", tmp_path)
+
+
+def test_the_committed_runs_are_of_these_settings():
+    folder = Path(study.__file__).parents[1] / "results" / "h100" / "accuracy_runs"
+    results = [result for phase in study.WORK for result in results_of(folder, phase)]
+    assert len(results) >= 72
+    check_settings(
+        folder, results, {name: method.settings for name, method in (methods.METHODS | methods.SEARCH).items()}
+    )
+
+
+def test_another_teacher_is_another_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("accuracy.choose.FIRST_RATE_OF", "pregate_paper")
     all_tuned(tmp_path, {"layerwise": 0.004})
     before = search_runs(tmp_path, ALL_RATES)
     all_tuned(tmp_path, {"layerwise": 0.001})
@@ -645,10 +708,10 @@ def test_a_token_router_starts_as_the_plain_one(tiny):
     assert found.bytes_per_token - before.bytes_per_token == 4 * (64 + model.router.token_weight.numel())
 
 
-@pytest.mark.parametrize("factor", [0.1, 4])
-def test_the_routers_first_weights(tiny, factor):
+@pytest.mark.parametrize(("form", "factor"), [("layer_fine_init_0.1", 0.1), ("layer_fine_sharp", 4)])
+def test_the_routers_first_weights(tiny, form, factor):
     weights = []
-    for name in ("layer_fine", f"layer_fine_init_{factor}"):
+    for name in ("layer_fine", form):
         torch.manual_seed(0)
         weights.append(methods.SEARCH[name].build(load(tiny[0])).router.weight)
     torch.testing.assert_close(weights[1], factor * weights[0])

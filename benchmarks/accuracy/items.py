@@ -78,8 +78,8 @@ class Items:
 
     @property
     def source(self) -> str:
-        """Names the items: studies with the same train on the same and are scored on the same."""
-        hashes = [getattr(self, split).order_hash() for split in SPLITS]
+        """Names the items that trials have: studies with the same train on the same and choose by the same. Test has a hash of its own."""
+        hashes = [getattr(self, split).order_hash() for split in ("train", "validation")]
         return hashlib.sha256(" ".join([*self.names, *hashes]).encode()).hexdigest()[:16]
 
     def check_tokenizer(self, tokenizer):

@@ -98,8 +98,8 @@ METHODS = {
     "pesc": baseline(PescModel, PescConfig()),
     "mixlora": baseline(MixLoraModel, MixLoraConfig()),
 }
-PAPER_FORM = "pregate_paper"
 BEST = "pregate_best"
+FIRST_RATE_OF = "layerwise"  # at whose best rate the forms of the pre-gate are searched
 # Forms of the pre-gate, all decided before block 0: `search` takes them, and the best on validation becomes `pregate_best`.
 LAYER_FINE = {**FINE, "routing": "layer"}
 LAYER_FINE_SHARED = {**SHARED_FINE, "routing": "layer"}
@@ -112,7 +112,8 @@ SEARCH = {
     "layer_fine_shared_hidden": pregate(**LAYER_FINE_SHARED, **HIDDEN),
     "layer_fine_token": pregate(**LAYER_FINE, model_class=TokenModel),
     "layer_fine_init_0.1": pregate(**LAYER_FINE, router_init=0.1),  # nearly even weights at the start
-    "layer_fine_init_4": pregate(**LAYER_FINE, router_init=4.0),  # far from even
+    # A temperature of 1/4: Adam's steps do not grow with the gradient, so 4 times the logits are 4 times the first weights and the steps.
+    "layer_fine_sharp": pregate(**LAYER_FINE, router_init=4.0, router_lr_ratio=4.0),
     "layer_fine_router_lr_5": pregate(**LAYER_FINE, router_lr_ratio=5.0),
     "layer_fine_no_aux": pregate(**LAYER_FINE, aux_loss_coef=0.0),
     "layer_fine_distilled": pregate(**LAYER_FINE, teacher="layerwise"),

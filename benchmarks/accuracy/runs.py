@@ -78,6 +78,17 @@ def check_study(folder, settings):
         raise ValueError(f"{folder} holds runs of another study ({'; '.join(differing)}); use another folder")
 
 
+def check_settings(folder, results, known):
+    """ValueError for results of methods whose settings (known: by name) are others now."""
+    for result in results:
+        settings = json.loads(json.dumps(known.get(result["built_as"])))
+        if "settings" in result and result["settings"] != settings:
+            raise ValueError(
+                f"{folder} holds a run of {result['built_as']} with other settings ({result['phase']}, rate {result['learning_rate']:g}, "
+                f"seed {result['seed']}): {result['settings']} there, {settings} here; use another folder"
+            )
+
+
 def left(folder, runs) -> list[Run]:
     """The runs without a result yet."""
     return [run for run in runs if not (Path(folder) / run.file).is_file()]

@@ -3,8 +3,9 @@
     python benchmarks/accuracy/study.py items                                # tokenise the domains, once, on any machine
     python benchmarks/accuracy/study.py tune   --runs DIR --budget-s 500     # learning rates, on validation
     python benchmarks/accuracy/study.py search --runs DIR --budget-s 500     # forms of the pre-gate, on validation
+    python benchmarks/accuracy/study.py refine --runs DIR --budget-s 500     # the best two of each again, on validation
     python benchmarks/accuracy/study.py final  --runs DIR --budget-s 500     # all methods, several seeds, on test
-    python benchmarks/accuracy/study.py all    --runs DIR                    # these three
+    python benchmarks/accuracy/study.py all    --runs DIR                    # these four
     python benchmarks/accuracy/study.py report  --runs DIR --out benchmarks/results/h100/accuracy.json
     python benchmarks/accuracy/study.py heatmap --runs DIR --out benchmarks/results/h100/routing.json --plot docs/routing.png
 
@@ -31,14 +32,25 @@ if __name__ == "__main__":
 import record
 import torch
 
-from accuracy.choose import RATES, choose, chosen_before, gains, search_runs, summary, tune_runs
+from accuracy.choose import (
+    LEAST_GAIN,
+    RATES,
+    check_gains,
+    choose,
+    chosen_before,
+    gains,
+    refine_runs,
+    search_runs,
+    summary,
+    tune_runs,
+)
 from accuracy.evaluate import Evaluation
 from accuracy.heatmap import draw
 from accuracy.items import make_items, read_items
 from accuracy.methods import BEST, METHODS, SEARCH, Method
 from accuracy.report import accuracy_rows, common_environment, heatmap_rows, trial_rows
 from accuracy.routing_share import expert_shares
-from accuracy.runs import Run, check_study, read_json, results_of, work_through, write_json
+from accuracy.runs import Run, check_settings, check_study, read_json, results_of, work_through, write_json
 from accuracy.train import SCHEDULES, TrainSettings, train
 from adafuse import AdaFuseModel
 from adafuse.base import load_base
@@ -47,13 +59,15 @@ SEEDS = (1, 2, 3, 4, 5)  # not those that the rates were chosen with
 REFERENCE = "layerwise"
 DATA = Path(__file__).parents[1] / "domains" / "data"
 RUNS_LEFT = 3
-WORK = ("tune", "search", "final")
+TRIALS = ("tune", "search", "refine")
+WORK = (*TRIALS, "final")
 PHASES = {
     "items": "tokenise the domains",
     "tune": "train each method at each learning rate, score validation",
-    "search": "train each form of the pre-gate at the rate found for the paper's, score validation",
+    "search": "train each form of the pre-gate at the rate found for layer-wise routing, score validation",
+    "refine": "train the best two rates of each method from more seeds, and the best two forms at more rates, score validation",
     "final": "fix what validation chose, train from each seed, score test",
-    "all": "tune, search and final, one after the other",
+    "all": "tune, search, refine and final, one after the other",
     "report": "final runs to a result file",
     "heatmap": "which experts the tokens of each domain use",
 }
@@ -78,6 +92,7 @@ class Study:
             options.runs,
             {
                 "items": self.items.source,
+                "test": self.items.test.order_hash(),
                 "base": _hash_of(self.base),
                 "device": kind_of(device),
                 **{name: getattr(options, name) for name in ("epochs", "batch", "schedule")},
@@ -138,18 +153,24 @@ class Study:
 
 
 def runs_of(options, phase) -> list[Run]:
-    """The runs of a phase, in the order they are done in. ValueError if the phases before have left some that it builds on."""
+    """The runs of a phase, in the order they are done in. ValueError if the phases before have left some that it builds on, or the folder
+    has runs of other settings."""
+    known = {name: method.settings for name, method in (METHODS | SEARCH).items()}
+    check_settings(options.runs, [result for each in WORK for result in results_of(options.runs, each)], known)
     if phase == "tune":
         return tune_runs(_known(options.methods, METHODS), options.rates)
     if phase == "search":
         return search_runs(options.runs, options.rates)
+    if phase == "refine":
+        return refine_runs(options.runs, [*METHODS, BEST], options.rates)
     methods = _known(options.methods, [*METHODS, BEST])
+    check_gains(options.runs, tune_runs(METHODS, options.rates), options.least_gain)
     # Of all methods, whichever are asked for: no test item is opened before every choice is made.
     chosen = choose(options.runs, [*METHODS, BEST], options.rates)
     chosen = {name: choice for name, choice in chosen.items() if name in methods}
     still = [name for name in methods if name not in chosen]  # nothing to train: the same from every seed
     return [Run("final", name, 0.0, options.seeds[0], name) for name in still] + [
-        Run("final", name, choice["learning_rate"], seed, choice["built_as"], choice["teacher_rate"])
+        Run("final", name, choice["learning_rate"], seed, choice["built_as"])
         for seed in options.seeds
         for name, choice in chosen.items()
     ]
@@ -222,9 +243,13 @@ def report(options) -> int:
         raise ValueError(f"{options.runs} has no final run to report")
     if missing := sorted(chosen_before(options.runs).keys() - {result["method"] for result in results}):
         raise ValueError(f"{options.runs} has no final run of {', '.join(missing)}; finish `final` first")
+    if (seeds := len({result["seed"] for result in results})) < options.least_seeds:
+        raise ValueError(
+            f"{options.runs} has final runs from {seeds} seeds, of {options.least_seeds}; finish `final` first"
+        )
     items, env = read_items(options.items), common_environment(results)
     if options.phase == "report":
-        trials = [result for phase in ("tune", "search") for result in results_of(options.runs, phase)]
+        trials = [result for phase in TRIALS for result in results_of(options.runs, phase)]
         rows = accuracy_rows(results, items.test, items.names, options.reference) + trial_rows(trials)
         record.write(options.out, rows, env)
         return 0
@@ -271,6 +296,9 @@ def parse(arguments=None):
         command.add_argument("--runs", required=True, help="folder of the results; one study a folder")
         if phase in ("report", "heatmap"):
             command.add_argument("--out", required=True, help="JSON file to write")
+            command.add_argument(
+                "--least-seeds", type=int, default=len(SEEDS), help="of the final runs; fewer are refused"
+            )
         if phase == "report":
             command.add_argument("--reference", default=REFERENCE, help="method that the others are compared with")
         if phase == "heatmap":
@@ -294,6 +322,9 @@ def _add_work(command, phase):
         command.add_argument("--methods", nargs="+", help=f"default: all ({', '.join(METHODS)})")
     if phase in ("final", "all"):
         command.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="training is done once from each")
+        command.add_argument(
+            "--least-gain", type=float, default=LEAST_GAIN, help="of the best trial over the base, in every domain"
+        )
 
 
 def _positive(text):
