@@ -2,7 +2,7 @@
 
 A family is four calculations with the same numbers; the choices are what they give, so the three wrong ones are what a wrong
 calculation gives. In some items of large numbers, two of them and both again with a wrong tens digit. Every calculation has
-five templates: three for train, one for validation, one for test.
+nine templates: three for train, one for validation, five for test, so that no score hangs on a single sentence.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from .items import SPLITS, ask_one, echoes, generator, make_item
 from .stories import FAMILIES
 
 DOMAIN = "math"
-PARTS = {"train": slice(3), "validation": slice(3, 4), "test": slice(4, 5)}
+PARTS = {"train": slice(3), "validation": slice(3, 4), "test": slice(4, 9)}
 NAMES = tuple(
     """
     Anna Ben Carla David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Victor
