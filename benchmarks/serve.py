@@ -22,6 +22,7 @@ import random
 import statistics
 import time
 import urllib.request
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,7 +54,6 @@ class Load:
             "ttft_p99": 1e3 * percentile(self.ttft, 99),
             "itl_p50": 1e3 * percentile(self.gaps, 50),
             "itl_p99": 1e3 * percentile(self.gaps, 99),
-            "errors": float(len(self.errors)),
         }
 
 
@@ -164,6 +164,7 @@ def measure(options):
     """Write a row for each model, number in flight and metric; after each number, should the machine be taken away. The first model is
     what the others are compared with."""
     rows, loads, ids = [], {}, {}  # by model and number in flight: of the rounds; of the first, for warming up
+    failed = Counter()  # requests, of all rounds
     started, run_id = time.monotonic(), time.time_ns()
     env = {**record.environment(), "vllm": version(parse_model(options.models[0])[2] or options.url)}
     for in_flight in options.in_flight:
@@ -174,11 +175,16 @@ def measure(options):
             for model in options.models:
                 load = _load(model, in_flight, options, turn, seed=f"{run_id} {in_flight} {turn} {model}")
                 key = parse_model(model)[0], in_flight
+                failed[key] += len(load.errors)
                 if turn:
                     loads.setdefault(key, []).append(load.metrics())
                 else:
                     ids[key] = [load.ids[place] for place in sorted(load.ids)]
-        rows += (new := [row for key in loads if key[1] == in_flight for row in _rows(loads, key, ids[key], options)])
+        rows += (
+            new := [
+                row for key in loads if key[1] == in_flight for row in _rows(loads, key, ids[key], failed[key], options)
+            ]
+        )
         with record.alone(options.out):
             known = record.appended(options.out, rows, _place, env) if options.append else rows
             record.write(options.out, known, env, shown=new)
@@ -187,6 +193,8 @@ def measure(options):
                 print(
                     f"{row['name']}, {in_flight} in flight: {row['ratio']:.3f} of the backbone, bound {row['bound']:.3f}"
                 )
+    if total := sum(failed.values()):
+        raise SystemExit(f"{total} requests failed: rows of a load with errors are not to be compared")
 
 
 def _load(model, in_flight, options, turn, seed) -> Load:
@@ -220,14 +228,17 @@ def _place(row):
     return row["name"].split("/")[:-2], row["case"]
 
 
-def _rows(loads, key, ids, options):
+def _rows(loads, key, ids, failed, options):
     name, in_flight = key
     sizes = {"in_flight": in_flight, "prompt_tokens": options.prompt_tokens, "max_tokens": options.max_tokens}
     case = {**sizes, "domain": "random", **options.case}
     first = parse_model(options.models[0])[0]
     for metric, unit in METRICS.items():
-        mine, firsts = ([values[metric] for values in loads[each, in_flight]] for each in (name, first))
-        # No ratio of errors, of which there should be none.
+        mine, firsts = ([values.get(metric) for values in loads[each, in_flight]] for each in (name, first))
+        if (
+            metric == "errors"
+        ):  # all of them: a median would hide those of one round. No ratio, for there should be none.
+            mine = [float(failed)] * 2
         against = (
             None
             if name == first or metric == "errors"

@@ -19,7 +19,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForCondi
 from adafuse import AdaFuseConfig, AdaFuseModel, checkpoint
 from adafuse import serve as serve_module
 from adafuse.integrations.vllm.middleware import ModelNames, rewrite
-from adafuse.integrations.vllm.start import Served, digest, llm_options
+from adafuse.integrations.vllm.start import Served, check_fallback, digest, llm_options
 from adafuse.serve import server_arguments
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -64,6 +64,23 @@ def test_a_base_whose_tokens_cannot_be_routed_before_it_runs_is_refused(name, tm
     base, adapter = save(tmp_path, name)
     with pytest.raises(ValueError, match="changes its embeddings before block 0"):
         llm_options(base, adapter)
+
+
+def test_a_base_that_vllm_does_not_run_is_refused(tmp_path):
+    from transformers import FalconConfig, Lfm2Config
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    for config, why in (
+        (FalconConfig(**sizes), "computes attention in a way of its own"),
+        (
+            Lfm2Config(**sizes, num_key_value_heads=2, intermediate_size=48, layer_types=["conv", "full_attention"]),
+            "has layers of conv",
+        ),
+    ):
+        with pytest.raises(
+            ValueError, match=f"{config.model_type}.* {why}, which vLLM's Transformers backend does not run"
+        ):
+            check_fallback("Some", config)
 
 
 def test_a_multimodal_base_is_refused(tmp_path):
@@ -183,6 +200,8 @@ def test_names_and_host_can_be_chosen(tmp_path):
         ("-sc", "leave it out"),
         ("--pipeline-parallel", "use --tensor-parallel-size"),
         ("--enable_lor", "cannot be given"),
+        ("--hf-overrides.rope_theta", "cannot be given"),
+        ("--hf_overrides.architectures=[]", "cannot be given"),
     ],
 )
 def test_options_that_would_undo_it_are_refused(option, message, tmp_path):

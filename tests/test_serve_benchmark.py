@@ -140,6 +140,23 @@ def test_a_server_that_does_not_start_is_left_out(bench, capsys):
         bench("--r", "4", "--in-flight", "1", "--servers", "ours")
 
 
+def test_a_failed_request_is_counted_whatever_its_round(bench, monkeypatch):
+    real, rounds = serve._load, []
+
+    def fails_once(model, *rest, **options):
+        load = real(model, *rest, **options)
+        if model.startswith("ours"):
+            rounds.append(1)
+            load.errors.extend(["500"] * (len(rounds) == 2))
+        return load
+
+    monkeypatch.setattr(serve, "_load", fails_once)
+    with pytest.raises(SystemExit, match="1 requests failed"):
+        bench("--r", "4", "--in-flight", "2", "--servers", "ours")
+    rows = {row["name"]: row["median"] for row in json.loads(bench.out.read_text())["rows"]}
+    assert (rows["errors/ours"], rows["errors/backbone"]) == (1, 0)
+
+
 def test_models_are_made_once_and_whole(tmp_path):
     made = []
     for _ in range(2):

@@ -119,8 +119,8 @@ def _check_options(options, by_logits):
 
 
 def _given(options, name):
-    """Whether an option is given, in any of the spellings that vLLM takes: with underscores, or cut short."""
-    given = [re.sub("(?<=[^-])_", "-", option.partition("=")[0]) for option in options]
+    """Whether an option is given, in any of the spellings that vLLM takes: with underscores, cut short, or a key of it (--option.key)."""
+    given = [re.sub("(?<=[^-])_", "-", re.split("[=.]", option)[0]) for option in options]
     return any(each == name or (len(each) > 3 and each.startswith("--") and name.startswith(each)) for each in given)
 
 

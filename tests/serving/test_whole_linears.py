@@ -1,13 +1,16 @@
 """Layers that compute base and experts together, as plain ones do on a GPU: here by the operation's dense form."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
 from engines import REQUESTS, compare, engine, texts
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-from adafuse.integrations.vllm import linears
-from adafuse.integrations.vllm.linears import AddedMethod, WholeMethod
+from adafuse.integrations.vllm import linears, models
+from adafuse.integrations.vllm.linears import AddedMethod, WholeMethod, compile_ahead
+from adafuse.integrations.vllm.start import Served, digest
 
 
 @pytest.mark.parametrize(
@@ -44,3 +47,37 @@ def _methods(model):
 
 def _keep(self, layer):
     layer.cpu_linear = torch.nn.functional.linear
+
+
+def test_launches_of_many_tokens_are_made_once_for_each_kind_of_layer():
+    launched = []
+
+    class Method(WholeMethod):
+        def apply(self, layer, x, bias=None):
+            launched.append((layer, tuple(x.shape)))
+
+    def layer(out_features, features, b=(8,), method=None):
+        parts = {f"b{n}": torch.zeros(4, width) for n, width in enumerate(b)}
+        adapter, weight = SimpleNamespace(b=list(parts)), torch.zeros(out_features, features)
+        return SimpleNamespace(weight=weight, adafuse=adapter, quant_method=method or Method(), **parts)
+
+    first, same, other = layer(8, 4), layer(8, 4), layer(8, 4, b=(4, 4))
+    compile_ahead([first, same, other, layer(8, 6, method=AddedMethod())], 1100)
+    assert launched == [(each, (tokens, 4)) for each in (first, other) for tokens in (640, 1024)]
+
+
+def test_ranks_with_different_adapters_are_refused(tmp_path, monkeypatch):
+    """On several machines each has a folder of its own."""
+    adapter = tiny.save_adapter(tiny.save_base("llama", tmp_path / "base"), tmp_path / "adapter")
+    ranks = SimpleNamespace(world_size=2, cpu_group=None)
+    monkeypatch.setattr(models, "get_tp_group", lambda: ranks)
+
+    def gather(found, mine, group):
+        found[:] = [mine, other or mine]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    other = ""
+    models.check_same_on_all_ranks(Served(adapter))
+    other = "0" * 64
+    with pytest.raises(ValueError, match=f"by rank {digest(adapter)[:12]}, 000000000000; give all machines the same"):
+        models.check_same_on_all_ranks(Served(adapter))

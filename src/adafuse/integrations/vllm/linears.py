@@ -26,6 +26,9 @@ from adafuse.integrations.vllm.op import Group, Room
 from adafuse.integrations.vllm.routing import Step
 from adafuse.ops.appended import append
 
+# Tokens of a step: each kind of launch, and each number of splits of a shrink, for some of them.
+AHEAD = (640, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+
 
 class Piece(NamedTuple):
     """One linear of the HuggingFace model, as a part of a linear of vLLM's on this rank.
@@ -158,7 +161,24 @@ def adapt(layer: LinearBase, found: list[Piece], tensors: dict, step: Step, deci
     columns = [piece.column for piece in found]
     layer.adafuse = Adapter(*names, routing, _names(Room._fields), columns, list(step.shape))
     layer.quant_method = _adapted(layer.quant_method, AddedMethod if group is None else WholeMethod)
+    layer.requires_unquantized_input = group is None  # newer vLLMs would hand over an input that is quantised already
     return step.join(group)
+
+
+@torch.no_grad()
+def compile_ahead(layers, max_tokens: int):
+    """Launch, on zeros, what steps of many tokens launch, once for each kind of layer: else Triton compiles it while requests wait.
+
+    layers: adapted, with their room. Steps of up to 512 tokens are compiled when vLLM captures them.
+    """
+    kinds = {
+        (layer.weight.shape, tuple(b.shape for b in _buffers(layer, layer.adafuse.b))): layer
+        for layer in layers
+        if isinstance(layer.quant_method, WholeMethod)
+    }
+    for layer in kinds.values():
+        for tokens in (tokens for tokens in AHEAD if tokens <= max_tokens):
+            layer.quant_method.apply(layer, layer.weight.new_zeros(tokens, layer.weight.shape[1]))
 
 
 def give_room(layer: LinearBase, room: Room):

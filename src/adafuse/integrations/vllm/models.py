@@ -8,13 +8,14 @@ from functools import cache
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.registry import ModelRegistry
 
 from adafuse import checkpoint
 from adafuse.fingerprint import tensor_shapes
-from adafuse.integrations.vllm.linears import adapt, give_room, pieces, place
+from adafuse.integrations.vllm.linears import adapt, compile_ahead, give_room, pieces, place
 from adafuse.integrations.vllm.names import DIGEST, FALLBACK, PREFIX, STEP
 from adafuse.integrations.vllm.routing import Step
 from adafuse.integrations.vllm.start import Served, check_engine, check_fallback, check_fingerprint, digest
@@ -122,7 +123,25 @@ def attach(model, served: Served, vllm_config: VllmConfig) -> Step:
     for layer, number in numbers.items():
         give_room(layer, step.room_of(number))
     served.check_unchanged()
+    check_same_on_all_ranks(served)
+    if step.device.type == "cuda":
+        compile_ahead(numbers, vllm_config.scheduler_config.max_num_batched_tokens)
+        torch.cuda.empty_cache()  # vLLM measures what is left
     return step
+
+
+def check_same_on_all_ranks(served: Served):
+    """ValueError if the ranks, on whatever machines, have read different adapters."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return
+    found = [None] * group.world_size
+    torch.distributed.all_gather_object(found, digest(served.adapter), group=group.cpu_group)
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"the tensor-parallel ranks have different adapters at {served.adapter}: SHA-256 of {checkpoint.WEIGHTS_FILE} by rank "
+            f"{', '.join(each[:12] for each in found)}; give all machines the same"
+        )
 
 
 def _step(print_, config, tensors, vllm_config) -> Step:

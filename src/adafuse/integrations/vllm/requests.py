@@ -51,8 +51,12 @@ class Requests(LogitsProcessor):
 
     def update_state(self, batch_update):
         step = self._layers.get(STEP)
-        if step is None:  # the model is not loaded yet
-            return
+        if step is None:
+            if batch_update is not None and batch_update.added:
+                raise ValueError(
+                    "the model that runs carries no adapter: something has replaced the overrides of its config"
+                )
+            return  # the model is not loaded yet
         if batch_update is not None:
             self._follow(batch_update)
             step.set_bare([self._bare.get(place, False) for place in range(batch_update.batch_size)])

@@ -14,6 +14,7 @@ from adafuse import checkpoint
 from adafuse.config import AdaFuseConfig
 from adafuse.integrations.vllm.names import ADAPTER, DIGEST, FALLBACK, NATIVE, PREFIX
 
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers
 MIXTURE = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 
 
@@ -129,6 +130,12 @@ def check_fallback(named, config):
         raise ValueError(
             f"{named} ({config.model_type}) is no causal LM of transformers, and cannot be served with an "
             f"adapter; served are {', '.join(NATIVE)}, and text models of transformers"
+        )
+    kinds = set(getattr(text, "layer_types", None) or ()) - ATTENTION
+    if kinds or not AutoModelForCausalLM._model_mapping[type(config)].is_backend_compatible():
+        how = f"has layers of {', '.join(sorted(kinds))}" if kinds else "computes attention in a way of its own"
+        raise ValueError(
+            f"{named} ({config.model_type}) {how}, which vLLM's Transformers backend does not run; a dynamic adapter cannot be served on it"
         )
     if not enters_unchanged(empty_model(config)):
         raise ValueError(
