@@ -61,9 +61,9 @@ def test_launches_of_many_tokens_are_made_once_for_each_kind_of_layer():
         adapter, weight = SimpleNamespace(b=list(parts)), torch.zeros(out_features, features)
         return SimpleNamespace(weight=weight, adafuse=adapter, quant_method=method or Method(), **parts)
 
-    first, same, other = layer(8, 4), layer(8, 4), layer(8, 4, b=(4, 4))
-    compile_ahead([first, same, other, layer(8, 6, method=AddedMethod())], 1100)
-    assert launched == [(id(each), (tokens, 4)) for each in (first, other) for tokens in (640, 1024)]
+    first, second, other = layer(8, 4), layer(8, 4), layer(8, 4, b=(4, 4))
+    compile_ahead([first, second, other, layer(8, 6, method=AddedMethod())], 1100)
+    assert launched == [(id(each), (tokens, 4)) for each in (second, other) for tokens in (640, 1024)]
 
 
 def test_ranks_with_different_adapters_are_refused(tmp_path, monkeypatch):
