@@ -45,8 +45,8 @@ def make(**overrides):
     return following(State)(config, model, None, model.adafuse_step.device), model.adafuse_step
 
 
-def request(extra_args):
-    return SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra_args))
+def request(extra_args, req_id="1"):
+    return SimpleNamespace(req_id=req_id, sampling_params=SimpleNamespace(extra_args=extra_args))
 
 
 def batch(*places):
@@ -79,7 +79,7 @@ def test_a_place_is_used_again():
     state.add_request(1, request({BARE: 1}))
     state.apply_staged_writes()
     state.add_request(1, request({}))
-    state.add_request(0, SimpleNamespace(sampling_params=None))
+    state.add_request(0, SimpleNamespace(req_id="2", sampling_params=None))
     state.prepare_inputs(batch(1), None)
     assert step.adapted == [0.0], "not before it is written"
     state.apply_staged_writes()
@@ -89,9 +89,15 @@ def test_a_place_is_used_again():
 
 def test_the_load_is_reported_where_it_is_asked_for():
     assert make()[0]._report is None
-    state, _ = make(**{INTERVAL: 1e-9})
+    state, step = make(**{INTERVAL: 1e-9})
+    step.load = torch.ones(1, 2, dtype=torch.int64)
+    state.add_request(0, request({}, req_id="_warmup_0_"))
+    state.prepare_inputs(batch(0), None)
+    assert state._report._copy is None
+    state.add_request(0, request({}))
     state.prepare_inputs(batch(0), None)
     assert state._report._copy is not None
+    assert not step.load.any(), "what was counted while warming up is forgotten"
 
 
 def test_a_model_names_the_class():

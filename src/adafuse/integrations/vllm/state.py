@@ -12,6 +12,9 @@ from adafuse.integrations.vllm.load import report_of
 from adafuse.integrations.vllm.requests import Bare
 
 
+WARMING_UP = "_warmup_"  # what vLLM calls the requests that it makes itself begin with
+
+
 @cache
 def following(cls: type | None = None) -> type:
     """A ModelState of vLLM's, by default the one of most models, with FollowsRequests in front."""
@@ -33,10 +36,12 @@ class FollowsRequests:
         # By a request's place among the runner's, which it keeps; its place in the batch changes.
         self._adapted = torch.ones(vllm_config.scheduler_config.max_num_seqs, device=self._step.device)
         self._new: dict[int, float] = {}
+        self._serving = False
 
     def add_request(self, req_index, new_req_data):
         super().add_request(req_index, new_req_data)
         self._new[req_index] = 0.0 if self._is_bare(new_req_data.sampling_params) else 1.0
+        self._serving |= not new_req_data.req_id.startswith(WARMING_UP)
 
     def apply_staged_writes(self):
         super().apply_staged_writes()
@@ -51,6 +56,6 @@ class FollowsRequests:
 
     def prepare_inputs(self, input_batch, req_states):
         self._step.set_adapted(self._adapted[input_batch.idx_mapping.long()])
-        if self._report is not None:
+        if self._report is not None and self._serving:
             self._report.tick(self._step.load)
         return super().prepare_inputs(input_batch, req_states)
