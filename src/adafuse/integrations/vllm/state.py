@@ -11,7 +11,6 @@ import torch
 from adafuse.integrations.vllm.load import report_of
 from adafuse.integrations.vllm.requests import Bare
 
-
 WARMING_UP = "_warmup_"  # what vLLM calls the requests that it makes itself begin with
 
 
