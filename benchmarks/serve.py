@@ -47,7 +47,7 @@ class Load:
     ids: dict[int, list[int]] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
-        """The values of METRICS."""
+        """The values of METRICS, but for the errors."""
         return {
             "throughput": self.tokens / self.seconds,
             "ttft": 1e3 * percentile(self.ttft, 50),
@@ -234,16 +234,13 @@ def _rows(loads, key, ids, failed, options):
     case = {**sizes, "domain": "random", **options.case}
     first = parse_model(options.models[0])[0]
     for metric, unit in METRICS.items():
-        mine, firsts = ([values.get(metric) for values in loads[each, in_flight]] for each in (name, first))
         if (
             metric == "errors"
-        ):  # all of them: a median would hide those of one round. No ratio, for there should be none.
-            mine = [float(failed)] * 2
-        against = (
-            None
-            if name == first or metric == "errors"
-            else record.row(f"{options.prefix}{metric}/{first}", case, firsts, unit)
-        )
+        ):  # all of them, since a median would hide those of one round; no ratio, for there should be none
+            yield record.row(f"{options.prefix}{metric}/{name}", case, [float(failed)] * 2, unit)
+            continue
+        mine, firsts = ([values[metric] for values in loads[each, in_flight]] for each in (name, first))
+        against = None if name == first else record.row(f"{options.prefix}{metric}/{first}", case, firsts, unit)
         row = record.row(f"{options.prefix}{metric}/{name}", case, mine, unit, vs=against)
         if metric == "throughput" and name in options.bound.get("of", ()):
             experts = experts_a_step(options.bound, in_flight, ids)

@@ -219,8 +219,8 @@ class Adapters(Banks):
         """A step with the experts beside the vendor's matmul of the base, as for bases whose weights our kernels cannot read: routing and
         plan, then for each group the base, a shrink, and an expand a linear."""
         stack = self.stack
-        shapes = {"num_experts": self.num_experts, "scale": 2.0, "logits": self.logits}
-        route(stack.x, self.router, self.experts, self.weights, **shapes)
+        given = {"num_experts": self.num_experts, "scale": 2.0, "logits": self.logits}
+        route(stack.x, self.router, self.experts, self.weights, **given)
         for block, index, group, x, y in stack.steps():
             torch.mm(x, stack.weights[block][index].T, out=y)
             chosen, banks_b = self.chosen(block), self.b[block][index]
@@ -396,8 +396,7 @@ class Batch(Banks):
         def launch(step, block, index, group, x, y):
             scratch = {"h": hs[index], "partial": partials[index], "flags": flags[step], "cut": cuts[index]}
             banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "gates": found, "r": self.r}
-            banks = {} if bare else banks
-            crowd(x, stack.linears(block, index), y, **banks, **scratch, **launch_options)
+            crowd(x, stack.linears(block, index), y, **({} if bare else banks), **scratch, **launch_options)
 
         return launch
 

@@ -211,9 +211,7 @@ def check_report(document):
     for table, lines in (("accuracy", 4 + 4), ("accuracy.domains", 2 + 4)):
         assert len(TABLES[table](document["rows"])) == lines
     trials = [line for line in TABLES["accuracy.trials"](document["rows"]) if line.startswith("| ")]
-    assert (
-        len(trials) == 1 + 2 + 1 + len(methods.SEARCH) + 2
-    )  # two methods that train, and the forms, one at three rates
+    assert len(trials) == 1 + 2 + 1 + len(methods.SEARCH) + 2  # two methods that train; forms, one at three rates
     assert rows["accuracy/lora_active", "mean", 1]["case"]["params"] > 0
 
 

@@ -122,6 +122,8 @@ def test_bad_arguments_are_refused():
         expand_gated(y[:, :15], h, [b[:, :15].contiguous()], tiles)
     with pytest.raises(ValueError, match=r"out is .* \[8, 16\]"):
         expand_gated(y, h, [b], tiles, y[:8])
+    with pytest.raises(ValueError, match="gradient"):
+        expand_gated(y, h, [b.requires_grad_()], tiles)
 
 
 @pytest.mark.parametrize("trained", ["x", "weight", "a", "b", "gates"])

@@ -81,9 +81,7 @@ def test_bad_arguments_are_refused():
     w = weights(32, (16,), torch.float32)
     h, out = shrink_tiles(x, a, tiles), torch.empty(40, 16, device=DEVICE)
     known = {}
-    matmul_tiles(
-        x, w, h, b, tiles, out, known=known
-    )  # what it has found out does not hide from the next call what is wrong there
+    matmul_tiles(x, w, h, b, tiles, out, known=known)  # its checks must not spare the next call's
     for trained in (x, h, w[0], b[0]):
         trained.requires_grad_()
         with pytest.raises(ValueError, match="no backward pass"):

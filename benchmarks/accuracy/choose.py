@@ -97,10 +97,8 @@ def refined(folder, methods, rates) -> dict:
 
 def best_form(folder, rates) -> dict:
     """What is chosen for `pregate_best`: the best single run of the refined forms, at its rate."""
-    forms = best_forms(folder, rates)
-    names = [form["built_as"] for form in forms]
-    again = [run for run in refine_runs(folder, [BEST], rates) if run.method in names]
-    best = max([*forms, *_all_results(folder, again)], key=_accuracy)
+    again = _all_results(folder, refine_runs(folder, [BEST], rates))
+    best = max([*best_forms(folder, rates), *again], key=_accuracy)
     return _choice(best["built_as"], best["learning_rate"], _accuracy(best))
 
 

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from adafuse.integrations.vllm import linears, models
 from adafuse.integrations.vllm.linears import AddedMethod, WholeMethod, compile_ahead
-from adafuse.integrations.vllm.start import Served, digest
+from adafuse.integrations.vllm.start import digest
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_ranks_with_different_adapters_are_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     other = ""
-    models.check_same_on_all_ranks(Served(adapter))
+    models.check_same_on_all_ranks(adapter, digest(adapter))
     other = "0" * 64
     with pytest.raises(ValueError, match=f"by rank {digest(adapter)[:12]}, 000000000000; give all machines the same"):
-        models.check_same_on_all_ranks(Served(adapter))
+        models.check_same_on_all_ranks(adapter, digest(adapter))

@@ -40,7 +40,7 @@ from adafuse.ops import launch
 from adafuse.ops.checks import aligned_rows
 from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import INTERPRETED, cdiv, dot, next_power_of_2
-from adafuse.ops.matmul import MOST_LINEARS, described, readable
+from adafuse.ops.matmul import MOST_LINEARS, can_be_described, described, readable
 
 LINE = 128  # bytes that a prefetch asks for
 SHARED_MEMORY = 227 * 1024  # of a processor
@@ -94,7 +94,7 @@ def cut_for(tokens, features, widths, ranks, dtype=torch.bfloat16, *, processors
     elif tokens <= 64:  # bytes on their way are what counts: two programs a processor, with three steps of W each
         stages = 4 if block_t <= 32 else 3
         shape = {"block_t": block_t, "block_o": 64, "block_i": 128, "num_warps": 4, "num_stages": stages}
-    elif tokens <= 128 and _can_be_described(features, widths, dtype):  # two programs a processor
+    elif tokens <= 128 and can_be_described(features, widths, dtype):  # two programs a processor
         shape = {"block_t": 128, "block_o": 128, "block_i": 64, "num_warps": 4, "num_stages": 3, "described": True}
     elif tokens <= 128:  # two warp groups, since a sum of 128 x 128 and addresses do not fit into the registers of one
         shape = {"block_t": 128, "block_o": 128, "block_i": 64, "num_warps": 8, "num_stages": 5}
@@ -120,11 +120,6 @@ def cut_for(tokens, features, widths, ranks, dtype=torch.bfloat16, *, processors
         programs=max(1, min(programs, total)),
         prefetch=given.get("prefetch", 4 * shape["block_i"]),
     )
-
-
-def _can_be_described(features, widths, dtype):
-    """Whether tensor descriptors can read the rows of such matrices, if those begin on 16 bytes."""
-    return len(widths) <= MOST_LINEARS and not any(dtype.itemsize * row % 16 for row in (features, *widths))
 
 
 def _shrinks(pieces, i_steps, total, slots):

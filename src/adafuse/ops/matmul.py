@@ -140,6 +140,11 @@ def described(matrices, block) -> tuple:
     return found + (None,) * (MOST_LINEARS - len(found))
 
 
+def can_be_described(features, widths, dtype) -> bool:
+    """Whether tensor descriptors can read the matrices of linears of these sizes, if each begins on 16 bytes: so does each row then."""
+    return len(widths) <= MOST_LINEARS and not any(dtype.itemsize * row % 16 for row in (features, *widths))
+
+
 def readable(weight) -> bool:
     """Whether tensor descriptors can read this matrix: contiguous, every row on a 16-byte boundary."""
     return weight.is_contiguous() and weight.data_ptr() % 16 == 0 and weight.shape[1] * weight.element_size() % 16 == 0

@@ -123,23 +123,23 @@ def attach(model, served: Served, vllm_config: VllmConfig) -> Step:
     for layer, number in numbers.items():
         give_room(layer, step.room_of(number))
     served.check_unchanged()
-    check_same_on_all_ranks(served)
+    check_same_on_all_ranks(served.adapter, getattr(vllm_config.model_config.hf_config, DIGEST))
     if step.device.type == "cuda":
         compile_ahead(numbers, vllm_config.scheduler_config.max_num_batched_tokens)
         torch.cuda.empty_cache()  # vLLM measures what is left
     return step
 
 
-def check_same_on_all_ranks(served: Served):
-    """ValueError if the ranks, on whatever machines, have read different adapters."""
+def check_same_on_all_ranks(adapter, own):
+    """ValueError if the ranks, on whatever machines, have read different adapters. own: the digest of this rank's."""
     group = get_tp_group()
     if group.world_size == 1:
         return
     found = [None] * group.world_size
-    torch.distributed.all_gather_object(found, digest(served.adapter), group=group.cpu_group)
+    torch.distributed.all_gather_object(found, own, group=group.cpu_group)
     if len(set(found)) > 1:
         raise ValueError(
-            f"the tensor-parallel ranks have different adapters at {served.adapter}: SHA-256 of {checkpoint.WEIGHTS_FILE} by rank "
+            f"the tensor-parallel ranks have different adapters at {adapter}: SHA-256 of {checkpoint.WEIGHTS_FILE} by rank "
             f"{', '.join(each[:12] for each in found)}; give all machines the same"
         )
 

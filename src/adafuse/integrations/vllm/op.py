@@ -115,7 +115,7 @@ class Group(NamedTuple):
         form = fused_form(layer, self.shape, tokens, self.dtype.itemsize, self.device, FORMS)
         # `decode` has one shared scale for all tokens, but some have no adapter.
         unfit = form == "decode" and self.shape.shared_rank
-        if form in ("gated", "matmul") and not self._described:
+        if form in ("gated", "matmul") and not self._can_be_described:
             form = "tiles"
         if tokens > CROWD_TOKENS or not (unfit or form in ("gated", "tiles")):
             return form
@@ -126,12 +126,10 @@ class Group(NamedTuple):
         return "tiles" if unfit else form
 
     @property
-    def _described(self) -> bool:
-        """Whether tensor descriptors can read the matrices of this many linears: rows begin on 16 bytes."""
-        from adafuse.ops.matmul import MOST_LINEARS
+    def _can_be_described(self) -> bool:
+        from adafuse.ops.matmul import can_be_described
 
-        on_16_bytes = not any(self.dtype.itemsize * row % 16 for row in (self.features, *self.widths))
-        return len(self.widths) <= MOST_LINEARS and on_16_bytes
+        return can_be_described(self.features, self.widths, self.dtype)
 
 
 def view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
