@@ -208,7 +208,7 @@ def check_report(document):
     assert low <= mid <= high
     assert mid == pytest.approx(rows["accuracy/pregate_best", "mean", "all"]["median"] - means[1])
     assert "diff_of_pregate_best" not in rows["accuracy/pregate_best", "mean", "all"]
-    for table, lines in (("accuracy", 4 + 4), ("accuracy.domains", 2 + 4)):
+    for table, lines in (("accuracy", 6 + 4), ("accuracy.domains", 2 + 4)):
         assert len(TABLES[table](document["rows"])) == lines
     trials = [line for line in TABLES["accuracy.trials"](document["rows"]) if line.startswith("| ")]
     assert len(trials) == 1 + 2 + 1 + len(methods.SEARCH) + 2  # two methods that train; forms, one at three rates
@@ -439,12 +439,35 @@ def test_runs_of_other_settings_are_refused(tmp_path):
 
 
 def test_the_committed_runs_are_of_these_settings():
-    folder = Path(study.__file__).parents[1] / "results" / "h100" / "accuracy_runs"
+    folder = Path(study.__file__).parents[1] / "results" / "h200" / "accuracy_runs"
     results = [result for phase in study.WORK for result in results_of(folder, phase)]
-    assert len(results) >= 72
+    assert len(results) == 233
     check_settings(
         folder, results, {name: method.settings for name, method in (methods.METHODS | methods.SEARCH).items()}
     )
+
+
+def test_the_committed_report_is_of_the_committed_runs():
+    folder = Path(study.__file__).parents[1] / "results" / "h200"
+    rows = read_json(folder / "accuracy.json")["rows"]
+    reported = {(row["name"], *map(row["case"].get, ("domain", "seed"))): row for row in rows}
+    for result in results_of(folder / "accuracy_runs", "final"):
+        for domain, share in result["score"]["accuracy"].items():
+            row = reported["accuracy/" + result["method"], domain, result["seed"]]
+            assert row["median"] == pytest.approx(100 * share)
+            assert row["case"]["learning_rate"] == result["learning_rate"]
+    best, layerwise, paper, random, total, active = (
+        reported[f"accuracy/{name}", "mean", "all"]
+        for name in ("pregate_best", "layerwise", "pregate_paper", "random_routing", "lora_total", "lora_active")
+    )
+    for row, key, other in (
+        (best, "diff_to_layerwise", layerwise),
+        (paper, "diff_to_random_routing", random),
+        (total, "diff_to_lora_active", active),
+    ):
+        low, middle, high = row[key]
+        assert low < middle < high
+        assert middle == pytest.approx(row["median"] - other["median"])
 
 
 def test_another_teacher_is_another_run(tmp_path, monkeypatch):

@@ -36,11 +36,11 @@ def draw(rows, path):
     except ImportError:
         raise ImportError("drawing needs matplotlib; run: pip install 'adafuse[plots]'") from None
     methods = shares_of(rows)
-    figure = Figure(figsize=(14, 3.4 * len(methods)), layout="constrained")
-    panels = figure.subplots(len(methods), DECISIONS_SHOWN + 1, squeeze=False)
+    columns = 1 + max(len(_shown(shares)) for _, shares in methods.values())
+    figure = Figure(figsize=(3 + 4 * columns, 3.4 * len(methods)), layout="constrained")
+    panels = figure.subplots(len(methods), columns, squeeze=False)
     for line, (name, (domains, shares)) in zip(panels, methods.items(), strict=True):
-        last = shares.shape[1] - 1
-        shown = sorted({round(last * i / (DECISIONS_SHOWN - 1)) for i in range(DECISIONS_SHOWN)})
+        last, shown = shares.shape[1] - 1, _shown(shares)
         for axis, decision in zip(line, shown, strict=False):
             where = f"block {decision}" if last else "all blocks"
             _panel(figure, axis, shares[:, decision], domains, f"{name}, {where}: share of the choices", "expert")
@@ -50,6 +50,12 @@ def draw(rows, path):
         line[-1].set_xticks(range(len(domains)), domains, rotation=90)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def _shown(shares):
+    """The decisions that have a panel each."""
+    last = shares.shape[1] - 1
+    return sorted({round(last * i / (DECISIONS_SHOWN - 1)) for i in range(DECISIONS_SHOWN)})
 
 
 def _panel(figure, axis, values, domains, title, below):

@@ -11,6 +11,8 @@ from accuracy.methods import BEST
 from accuracy.stats import paired_difference
 
 PERCENT = 100
+# Differences that answer a question of their own: is a learned router worth anything, and is more rank?
+FURTHER = {"pregate_paper": "random_routing", "lora_total": "lora_active"}
 
 
 def accuracy_rows(results, split, names, reference) -> list[dict]:
@@ -18,8 +20,8 @@ def accuracy_rows(results, split, names, reference) -> list[dict]:
 
     "all" is the mean over the seeds, also in `median`, and std the sample standard deviation, null for one seed. "nll": nats per token of
     the right answers. Rows of "mean", "all" carry `diff_to_<reference>`: [low, mid, high] in percentage points, `stats.paired_difference`
-    over the common seeds. ValueError if the results are not of these items, the reference has none, or the methods were not trained from
-    the same seeds, once each.
+    over the common seeds; those of `FURTHER` one more. ValueError if the results are not of these items, the reference has none, or the
+    methods were not trained from the same seeds, once each.
     """
     if strangers := [result["method"] for result in results if result["score"]["order"] != split.order_hash()]:
         raise ValueError(
@@ -43,6 +45,8 @@ def accuracy_rows(results, split, names, reference) -> list[dict]:
             rows += [*found, _row(name, domain, "all", list(by_seed.values()))]
         if name != reference:
             rows[-1][f"diff_to_{reference}"] = _difference(by_seed, methods[reference], split)
+        if FURTHER.get(name) in methods:
+            rows[-1][f"diff_to_{FURTHER[name]}"] = _difference(by_seed, methods[FURTHER[name]], split)
         if name != BEST and BEST in methods:
             rows[-1]["diff_of_pregate_best"] = _difference(methods[BEST], by_seed, split)
     return rows

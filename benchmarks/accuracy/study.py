@@ -6,8 +6,8 @@
     python benchmarks/accuracy/study.py refine --runs DIR --budget-s 500     # the best two of each again, on validation
     python benchmarks/accuracy/study.py final  --runs DIR --budget-s 500     # all methods, several seeds, on test
     python benchmarks/accuracy/study.py all    --runs DIR                    # these four
-    python benchmarks/accuracy/study.py report  --runs DIR --out benchmarks/results/h100/accuracy.json
-    python benchmarks/accuracy/study.py heatmap --runs DIR --out benchmarks/results/h100/routing.json --plot docs/routing.png
+    python benchmarks/accuracy/study.py report  --runs DIR --out benchmarks/results/h200/accuracy.json
+    python benchmarks/accuracy/study.py heatmap --runs DIR --out benchmarks/results/h200/routing.json --plot docs/routing.png
 
 DIR gets one small JSON file a run, and nothing of the items' text, so that it can be committed and a study goes on elsewhere.
 --workers 2 does two runs at a time on one GPU: while one is prepared, the other computes. On several GPUs workers take turns.
