@@ -380,7 +380,7 @@ class Batch(Banks):
     def _crowd(self, _, gates, bare=False, **given):
         """bare: the base alone."""
         stack, tokens, ranks = self.stack, len(self.experts), 0 if bare else len(self.a[0][0][0])
-        launch_options = {"pdl": given.pop("pdl", tokens <= FEW_TOKENS), "ask_for_b": given.pop("ask_for_b", None)}
+        pdl = given.pop("pdl", tokens <= FEW_TOKENS)
         cuts = [cut_for(tokens, g.features, g.widths, ranks, **given) for g in stack.groups]
         counts = [cut.num_flags(tokens, len(g.widths), ranks) for cut, g in zip(cuts, stack.groups, strict=True)]
         flags = torch.zeros(sum(counts) * stack.blocks, dtype=torch.int32, device=stack.device).split(
@@ -396,7 +396,7 @@ class Batch(Banks):
         def launch(step, block, index, group, x, y):
             scratch = {"h": hs[index], "partial": partials[index], "flags": flags[step], "cut": cuts[index]}
             banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "gates": found, "r": self.r}
-            crowd(x, stack.linears(block, index), y, **({} if bare else banks), **scratch, **launch_options)
+            crowd(x, stack.linears(block, index), y, **({} if bare else banks), **scratch, pdl=pdl)
 
         return launch
 

@@ -43,18 +43,16 @@ FEW = (
 AMONG = ({}, {"patient": True})
 CROWD = (
     {},
-    {"ask_for_b": True},
-    {"ask_for_b": True, "slots": 396, "num_stages": 3},  # three programs a processor, and four
-    {"ask_for_b": True, "slots": 528, "block_i": 64, "num_stages": 4},
-    {"described": True},
-    {"described": True, "num_stages": 4},
-    {"described": True, "slots": 396, "num_stages": 3},
-    {"described": True, "block_o": 128, "block_i": 64, "num_stages": 5},
+    {"num_stages": 4},
+    {"slots": 396, "num_stages": 3},  # three programs a processor, and four
+    {"slots": 528, "block_i": 64, "num_stages": 4},
+    {"block_i": 128, "num_stages": 3},
+    {"block_o": 64, "num_warps": 4, "num_stages": 4},
 )
 # The same for 65 to 128 tokens.
 CROWD_OF_100 = (
     {},
-    {"num_warps": 8, "num_stages": 6},
+    {"num_stages": 6},
     {"num_warps": 8, "num_stages": 4, "block_o": 256},
     {"num_warps": 8, "num_stages": 6, "block_o": 64},
 )

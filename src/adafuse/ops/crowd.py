@@ -28,19 +28,16 @@ T tokens, M linears, E experts, R = E * r + S ranks, I and O features.
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import chain
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from adafuse.ops import launch
 from adafuse.ops.checks import aligned_rows
 from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import INTERPRETED, cdiv, dot, next_power_of_2
-from adafuse.ops.matmul import MOST_LINEARS, can_be_described, described, readable
 
 LINE = 128  # bytes that a prefetch asks for
 SHARED_MEMORY = 227 * 1024  # of a processor
@@ -52,8 +49,7 @@ SHARED_MEMORY = 227 * 1024  # of a processor
 class Cut(NamedTuple):
     """How a group's work is cut.
 
-    block_r: ranks of a step over B and h. prefetch: features of each row asked for ahead of the input. described: whether x and the
-    matrices come by tensor descriptors (TMA on a Hopper GPU), which takes no registers for addresses.
+    block_r: ranks of a step over B and h. prefetch: features of each row asked for ahead of the input.
     """
 
     block_t: int
@@ -65,7 +61,6 @@ class Cut(NamedTuple):
     prefetch: int
     num_warps: int
     num_stages: int
-    described: bool = False
 
     def num_flags(self, tokens, modules, ranks) -> int:
         """Length of `flags` [int32]."""
@@ -94,13 +89,10 @@ def cut_for(tokens, features, widths, ranks, dtype=torch.bfloat16, *, processors
     elif tokens <= 64:  # bytes on their way are what counts: two programs a processor, with three steps of W each
         stages = 4 if block_t <= 32 else 3
         shape = {"block_t": block_t, "block_o": 64, "block_i": 128, "num_warps": 4, "num_stages": stages}
-    elif tokens <= 128 and can_be_described(features, widths, dtype):  # two programs a processor
-        shape = {"block_t": 128, "block_o": 128, "block_i": 64, "num_warps": 4, "num_stages": 3, "described": True}
-    elif tokens <= 128:  # two warp groups, since a sum of 128 x 128 and addresses do not fit into the registers of one
+    elif tokens <= 128:  # two warp groups, whose sums fit into registers
         shape = {"block_t": 128, "block_o": 128, "block_i": 64, "num_warps": 8, "num_stages": 5}
     else:  # what counts is how often x and W go from L2 to the processors: large tiles
         shape = {"block_t": 256, "block_o": 128, "block_i": 64, "num_warps": 8, "num_stages": 4}
-    shape = {"described": False, **shape}
     shape |= {name: value for name, value in given.items() if name in shape}
     shape["block_r"] = given.get("block_r", min(shape["block_i"], shape["block_o"], max(16, next_power_of_2(ranks))))
 
@@ -228,8 +220,8 @@ def _tile(
     return w, b, linear, block, column, width
 
 
-@triton.jit
-def _crowd_program(
+@triton.jit(do_not_specialize=["T", "shrinks"])
+def _crowd_kernel(
     x,
     base_weights,
     banks_a,
@@ -256,17 +248,18 @@ def _crowd_program(
     RANKS: tl.constexpr,
     PIECES: tl.constexpr,
     PREFETCH: tl.constexpr,
-    PREFETCH_B: tl.constexpr,
     PER_LINE: tl.constexpr,
     EVEN_O: tl.constexpr,
     ALIGNED: tl.constexpr,
-    DESCRIBED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (shrinks + programs). x and the matrices are pointers, or DESCRIBED."""
+    """Grid (shrinks + programs)."""
     R_TILES: tl.constexpr = (R + BLOCK_O - 1) // BLOCK_O
     I_STEPS: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     R_STEPS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    # Sums of other programs asked for at once: one by one, each costs a look at its flag and a load, both from the L2 cache. A
+    # thread holds BLOCK_T / 2 of a sum (4 warps, 64 outputs).
+    TOGETHER: tl.constexpr = max(1, 128 // BLOCK_T)
     pid = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -281,7 +274,7 @@ def _crowd_program(
             programs, total = shrinks, len(base_weights) * R_TILES * token_tiles * I_STEPS
     first, end = index * total // programs, (index + 1) * total // programs
 
-    if PREFETCH > 0 and PDL and not DESCRIBED:
+    if PREFETCH > 0 and PDL:
         place = (end - 1) // steps
         w, b, linear, block, column, width = _tile(
             base_weights, banks_a, banks_b, place // token_tiles, shrinking, widths, R, BLOCK_O
@@ -303,33 +296,28 @@ def _crowd_program(
         token_tile = place % token_tiles
         o = block * BLOCK_O + tl.arange(0, BLOCK_O)
         t = token_tile * BLOCK_T + tl.arange(0, BLOCK_T)
-        if not DESCRIBED:
-            w_row = w + tl.minimum(o, width - 1).to(tl.int64) * I  # rows and tokens past the last: the last, not stored
-            x_row = x + tl.minimum(t, T - 1).to(tl.int64) * stride_x
+        w_row = w + tl.minimum(o, width - 1).to(tl.int64) * I  # rows and tokens past the last: the last, not stored
+        x_row = x + tl.minimum(t, T - 1).to(tl.int64) * stride_x
         if R > 0:  # noqa: SIM102 - nested, so that the first is decided by the compiler
-            if to_step > I_STEPS and PREFETCH_B and not DESCRIBED:
+            if to_step > I_STEPS and PDL:
                 b_row = tl.minimum(tl.arange(0, RANKS), R - 1)
                 for part in tl.static_range(0, BLOCK_O, PER_LINE):
                     _prefetch(b + b_row.to(tl.int64) * width + tl.minimum(block * BLOCK_O + part, width - 1))
 
         acc = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
         for step in range(from_step, tl.minimum(to_step, I_STEPS)):
-            if DESCRIBED:
-                w_tile = w.load([block * BLOCK_O, step * BLOCK_I])
-                x_tile = x.load([token_tile * BLOCK_T, step * BLOCK_I])
+            i = step * BLOCK_I + tl.arange(0, BLOCK_I)
+            w_at = w_row[:, None] + i[None, :]
+            x_at = x_row[:, None] + i[None, :]
+            if ALIGNED:
+                # The compiler cannot see it through a choice of pointers, nor a hint given in a function of its own.
+                w_at = tl.max_contiguous(tl.multiple_of(w_at, (1, 16)), (1, 16))
+            if I % BLOCK_I == 0:
+                w_tile = tl.load(w_at, eviction_policy="evict_first")
+                x_tile = tl.load(x_at)
             else:
-                i = step * BLOCK_I + tl.arange(0, BLOCK_I)
-                w_at = w_row[:, None] + i[None, :]
-                x_at = x_row[:, None] + i[None, :]
-                if ALIGNED:
-                    # The compiler cannot see it through a choice of pointers, nor a hint given in a function of its own.
-                    w_at = tl.max_contiguous(tl.multiple_of(w_at, (1, 16)), (1, 16))
-                if I % BLOCK_I == 0:
-                    w_tile = tl.load(w_at, eviction_policy="evict_first")
-                    x_tile = tl.load(x_at)
-                else:
-                    w_tile = tl.load(w_at, mask=(i < I)[None, :], other=0.0, eviction_policy="evict_first")
-                    x_tile = tl.load(x_at, mask=(i < I)[None, :], other=0.0)
+                w_tile = tl.load(w_at, mask=(i < I)[None, :], other=0.0, eviction_policy="evict_first")
+                x_tile = tl.load(x_at, mask=(i < I)[None, :], other=0.0)
             acc = dot(w_tile, x_tile.T, acc)
 
         if R > 0:  # noqa: SIM102
@@ -339,13 +327,10 @@ def _crowd_program(
                 h_row = h + (linear * token_tiles * BLOCK_T + t).to(tl.int64) * (R_TILES * BLOCK_O)
                 for step in range(tl.maximum(from_step, I_STEPS) - I_STEPS, to_step - I_STEPS):
                     rank = step * BLOCK_R + tl.arange(0, BLOCK_R)
-                    if DESCRIBED:
-                        b_tile = b.load([step * BLOCK_R, block * BLOCK_O])
-                    else:
-                        b_at = b + tl.minimum(rank, R - 1).to(tl.int64)[:, None] * width + o[None, :]
-                        if ALIGNED:
-                            b_at = tl.max_contiguous(tl.multiple_of(b_at, (1, 16)), (1, 16))
-                        b_tile = tl.load(b_at) if EVEN_O else tl.load(b_at, mask=(o < width)[None, :], other=0.0)
+                    b_at = b + tl.minimum(rank, R - 1).to(tl.int64)[:, None] * width + o[None, :]
+                    if ALIGNED:
+                        b_at = tl.max_contiguous(tl.multiple_of(b_at, (1, 16)), (1, 16))
+                    b_tile = tl.load(b_at) if EVEN_O else tl.load(b_at, mask=(o < width)[None, :], other=0.0)
                     h_tile = tl.load(h_row[:, None] + rank[None, :], cache_modifier=".cg")
                     acc = dot(b_tile.T, h_tile.T, acc)
 
@@ -354,9 +339,12 @@ def _crowd_program(
             tl.store(partial + pid * (BLOCK_O * BLOCK_T) + inside, acc)
             _set(flags + pid)
         else:
-            for other in range(pid - index + _owner(place * steps, programs, total), pid):
-                _wait_for(flags + other + tl.arange(0, 1))
-                acc += tl.load(partial + other * (BLOCK_O * BLOCK_T) + inside, cache_modifier=".cg")
+            for other in range(pid - index + _owner(place * steps, programs, total), pid, TOGETHER):
+                _wait_for(flags + tl.minimum(other + tl.arange(0, TOGETHER), pid - 1))
+                for j in tl.static_range(TOGETHER):
+                    there = (inside >= 0) & (other + j < pid)
+                    at = partial + (other + j) * (BLOCK_O * BLOCK_T) + inside
+                    acc += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
             if shrinking:
                 if R > 0:
                     expert = tl.minimum(o // r, E)
@@ -373,47 +361,12 @@ def _crowd_program(
                 tl.store(y_at, acc.to(y.dtype.element_ty), mask=(t < T)[None, :] & (o < width)[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "shrinks"])
-def _crowd_kernel(
-    x, base_weights, banks_a, banks_b, gates, h, partial, flags, y, stride_x, stride_y, T, shrinks,
-    widths: tl.constexpr, O_TILES: tl.constexpr, I: tl.constexpr, R: tl.constexpr, E: tl.constexpr, r: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, RANKS: tl.constexpr,
-    PIECES: tl.constexpr, PREFETCH: tl.constexpr, PREFETCH_B: tl.constexpr, PER_LINE: tl.constexpr, EVEN_O: tl.constexpr,
-    ALIGNED: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    _crowd_program(
-        x, base_weights, banks_a, banks_b, gates, h, partial, flags, y, stride_x, stride_y, T, shrinks, widths, O_TILES,
-        I, R, E, r, BLOCK_T, BLOCK_O, BLOCK_I, BLOCK_R, RANKS, PIECES, PREFETCH, PREFETCH_B, PER_LINE, EVEN_O, ALIGNED, False, PDL,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["T", "shrinks"])
-def _crowd_described_kernel(
-    x, w0, w1, w2, a0, a1, a2, b0, b1, b2, gates, h, partial, flags, y, stride_x, stride_y, T, shrinks,
-    widths: tl.constexpr, O_TILES: tl.constexpr, I: tl.constexpr, R: tl.constexpr, E: tl.constexpr, r: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, RANKS: tl.constexpr,
-    PIECES: tl.constexpr, PREFETCH: tl.constexpr, PREFETCH_B: tl.constexpr, PER_LINE: tl.constexpr, EVEN_O: tl.constexpr,
-    ALIGNED: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The same of descriptors, which a kernel takes one by one."""
-    if len(widths) == 1:
-        base_weights, banks_a, banks_b = (w0,), (a0,), (b0,)
-    elif len(widths) == 2:
-        base_weights, banks_a, banks_b = (w0, w1), (a0, a1), (b0, b1)
-    else:
-        base_weights, banks_a, banks_b = (w0, w1, w2), (a0, a1, a2), (b0, b1, b2)
-    _crowd_program(
-        x, base_weights, banks_a, banks_b, gates, h, partial, flags, y, stride_x, stride_y, T, shrinks, widths, O_TILES,
-        I, R, E, r, BLOCK_T, BLOCK_O, BLOCK_I, BLOCK_R, RANKS, PIECES, PREFETCH, PREFETCH_B, PER_LINE, EVEN_O, ALIGNED, True, PDL,
-    )  # fmt: skip
-
-
 # --- launcher -------------------------------------------------------------------------------------------------------------
 
 
 def crowd(
     x, base_weights, out, *, banks_a=(), banks_b=(), gates=None, r=1, h=None, partial, flags, cut=None,
-    pdl=False, ask_for_b=None,
+    pdl=False,
 ):  # fmt: skip
     """out[t, column(m) + o] = sum_i base_weights[m][o, i] x[t, i] + sum_rank banks_b[m][rank, o] h[t, m, rank], with
 
@@ -425,8 +378,7 @@ def crowd(
     every time; h is rounded to the dtype of x.
 
     cut: how the work is cut, by default `cut_for` these shapes. h [cut.h_shape], partial [cut.partial_shape]: scratch, may serve
-    one call after another. flags int32 [cut.num_flags]: filled with 0 before each call. ask_for_b: whether a tile's part of B is asked for
-    into the L2 cache when the tile begins; None: with pdl.
+    one call after another. flags int32 [cut.num_flags]: filled with 0 before each call.
     The plan may be written by the kernel just ahead in the stream. No host sync, no allocation: safe inside a CUDA graph.
     """
     base_weights, banks_a, banks_b = tuple(base_weights), tuple(banks_a), tuple(banks_b)
@@ -439,14 +391,12 @@ def crowd(
     ranks = banks_a[0].shape[0] if gates is not None else 0
     cut = cut or cut_for(tokens, features, widths, ranks, x.dtype, processors=launch.processors(x))
     _check(x, base_weights, out, banks_a, banks_b, gates, r, h, partial, flags, cut)
-    if cut.described:
-        kernel, matrices = _crowd_described_kernel, _described(x, base_weights, banks_a, banks_b, ranks, cut)
-    else:
-        kernel = _crowd_kernel
-        matrices = x, base_weights, banks_a if ranks else None, banks_b if ranks else None
     with torch.cuda.device_of(x):
-        kernel[(cut.shrinks + cut.programs,)](
-            *matrices,
+        _crowd_kernel[(cut.shrinks + cut.programs,)](
+            x,
+            base_weights,
+            banks_a if ranks else None,
+            banks_b if ranks else None,
             gates,
             h,
             partial,
@@ -469,7 +419,6 @@ def crowd(
             RANKS=next_power_of_2(max(1, ranks)),
             PIECES=next_power_of_2(max(1, cdiv(ranks, cut.block_o))),
             PREFETCH=next_power_of_2(cut.prefetch) if cut.prefetch else 0,
-            PREFETCH_B=(pdl if ask_for_b is None else ask_for_b) and not INTERPRETED.value,
             PER_LINE=LINE // x.element_size(),
             EVEN_O=all(width % cut.block_o == 0 for width in widths),
             ALIGNED=aligned_rows(features, *base_weights, *banks_a) and all(map(aligned_rows, widths, banks_b)),
@@ -478,14 +427,6 @@ def crowd(
             **launch.launch_options(pdl),
         )
     return out
-
-
-def _described(x, base_weights, banks_a, banks_b, ranks, cut):
-    """x and matrices as descriptors of tiles, in the order of the kernel."""
-    x = TensorDescriptor.from_tensor(x, [cut.block_t, cut.block_i])
-    rows, columns = [cut.block_o, cut.block_i], [cut.block_r, cut.block_o]
-    banks = (banks_a, banks_b) if ranks else ((), ())
-    return x, *described(base_weights, rows), *described(banks[0], rows), *described(banks[1], columns)
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------------
@@ -519,21 +460,10 @@ def _check(x, base_weights, out, banks_a, banks_b, gates, r, h, partial, flags, 
         _check_tensor("gates", gates, (tokens, experts + 1), torch.float32)
         _check_tensor("h", h, cut.h_shape(tokens, len(widths), ranks), x.dtype)
     _check_cut(cut, tokens, features, tuple(widths), ranks)
-    if cut.described:
-        _check_described(x, base_weights, banks_a, banks_b)
     _check_tensor("partial", partial, cut.partial_shape, torch.float32)
     need = cut.num_flags(tokens, len(widths), ranks)
     if flags.dtype != torch.int32 or flags.dim() != 1 or len(flags) < need or not flags.is_contiguous():
         raise ValueError(f"flags are {flags.dtype} {list(flags.shape)}, need int32 [{need}] at least, contiguous")
-
-
-def _check_described(x, *matrices):
-    on_16_bytes = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    if len(matrices[0]) > MOST_LINEARS or not on_16_bytes or not all(map(readable, chain(*matrices))):
-        raise ValueError(
-            f"tensor descriptors read {MOST_LINEARS} linears at most, whose rows and those of x begin on 16 bytes: cut the work "
-            "with described=False"
-        )
 
 
 @lru_cache(maxsize=1024)
