@@ -6,9 +6,9 @@
     python benchmarks/serve_models.py --model tiny --r 4 --out tiny.json -- --enforce-eager   # the plumbing, on a CPU
 
 Random weights and a tokenizer of numbers, in `--folder`, where a later run finds them. The servers of a rank run at the same time on the
-same GPUs, each with room for its keys and values, or (`--apart`) on GPUs of their own, and are loaded in turn (`serve.py`). A LoRA has the
-rank of all experts of a token; the eight LoRAs are one folder under eight names, and have a copy each on the GPU. What comes behind `--`
-goes to all servers.
+same GPUs, each with room for its keys and values, or (`--apart`, for all or some) on GPUs of their own, and are loaded in turn
+(`serve.py`). A LoRA has the rank of all experts of a token; the eight LoRAs are one folder under eight names, and have a copy each on the
+GPU. What comes behind `--` goes to all servers.
 
 In parts: rows are written after each number in flight, `--append` adds those of another rank, number or prefix to the file, and
 `--minutes` leaves out what would begin later. A server that does not start is left out, with its errors, and the exit code is 1; the
@@ -209,19 +209,24 @@ def servers(options, folder, r) -> dict[str, Server]:
         "ours_second_runner": Server([*ours, *shared], ["tuned"], runner[1]),
     }
     wanted = {label: found[label] for label in SERVERS if label in ("backbone", *options.servers)}
-    return on_gpus_apart(wanted, options.tensor_parallel, visible_gpus()) if options.apart else wanted
+    if options.apart is None:
+        return wanted
+    return on_gpus_apart(wanted, options.apart or list(wanted), options.tensor_parallel, visible_gpus())
 
 
-def on_gpus_apart(wanted, ranks, gpus):
-    """The servers, each on the next `ranks` of these GPUs. Exits if there are too few."""
-    if len(gpus) < ranks * len(wanted):
+def on_gpus_apart(wanted, apart, ranks, gpus):
+    """The servers, those of `apart` each on the next `ranks` of these GPUs, behind those that the others share. Exits if there are too
+    few."""
+    together = [label for label in wanted if label not in apart]
+    places = [together] * bool(together) + [[label] for label in wanted if label in apart]
+    if len(gpus) < ranks * len(places):
         raise SystemExit(
-            f"--apart: {len(wanted)} servers of {ranks} GPUs each, but there are {len(gpus)} GPUs; leave it out, or servers"
+            f"--apart needs {len(places)} times {ranks} GPUs for {', '.join(wanted)}, but there are {len(gpus)}; leave it out, or servers"
         )
-    shares = (",".join(gpus[ranks * n : ranks * (n + 1)]) for n in range(len(wanted)))
+    of = {label: ",".join(gpus[ranks * n : ranks * (n + 1)]) for n, place in enumerate(places) for label in place}
     return {
-        label: server._replace(environment={**server.environment, "CUDA_VISIBLE_DEVICES": share})
-        for (label, server), share in zip(wanted.items(), shares, strict=True)
+        label: server._replace(environment={**server.environment, "CUDA_VISIBLE_DEVICES": of[label]})
+        for label, server in wanted.items()
     }
 
 
@@ -308,7 +313,12 @@ def parse(arguments=None):
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests-each", type=int, default=2, help="requests of a round for each in flight")
     parser.add_argument("--tensor-parallel", type=int, default=1)
-    parser.add_argument("--apart", action="store_true", help="each server on GPUs of its own")
+    parser.add_argument(
+        "--apart",
+        nargs="*",
+        choices=SERVERS,
+        help="these servers, or each, on GPUs of their own; the others share the first",
+    )
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=[*SERVERS[:3]], help="beside backbone")
     parser.add_argument("--prefix", default="", help="in front of the rows' names: tp2/")
     parser.add_argument("--folder", type=Path, help="for the models, which stay there; default: a temporary one")

@@ -210,10 +210,17 @@ def test_servers_may_have_gpus_of_their_own(monkeypatch):
     found = serve_models.servers(options, Path("/models"), 4)
     assert [server.environment["CUDA_VISIBLE_DEVICES"] for server in found.values()] == ["4,5", "6,7"]
     options = serve_models.parse([*arguments, "--servers", "ours", "multilora", "--apart"])
-    with pytest.raises(SystemExit, match="3 servers of 2 GPUs each, but there are 4"):
+    with pytest.raises(SystemExit, match="needs 3 times 2 GPUs for backbone, ours, multilora, but there are 4"):
         serve_models.servers(options, Path("/models"), 4)
+    options = serve_models.parse([*arguments, "--servers", "ours", "multilora", "--apart", "multilora"])
+    found = serve_models.servers(options, Path("/models"), 4)
+    assert {label: server.environment["CUDA_VISIBLE_DEVICES"] for label, server in found.items()} == {
+        "backbone": "4,5",
+        "ours": "4,5",
+        "multilora": "6,7",
+    }
     runner = serve_models.on_gpus_apart(
-        {"ours": serve_models.Server([], [], {"VLLM_USE_V2_MODEL_RUNNER": "1"})}, 1, ["3"]
+        {"ours": serve_models.Server([], [], {"VLLM_USE_V2_MODEL_RUNNER": "1"})}, ["ours"], 1, ["3"]
     )
     assert runner["ours"].environment == {"VLLM_USE_V2_MODEL_RUNNER": "1", "CUDA_VISIBLE_DEVICES": "3"}
 
