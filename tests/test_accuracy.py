@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import shutil
 import sys
 from collections import Counter
 from concurrent.futures import Executor, Future
@@ -27,7 +28,7 @@ from accuracy.evaluate import Evaluation, pack, unpack
 from accuracy.forward import Answers, divergence_of
 from accuracy.graphs import Replayed
 from accuracy.heatmap import draw, overlap, shares_of
-from accuracy.items import SPLITS, make_items, read_items
+from accuracy.items import SPLITS, Groups, make_items, read_items
 from accuracy.report import accuracy_rows
 from accuracy.routing_share import expert_shares
 from accuracy.runs import Run, check_settings, check_study, read_json, results_of, work_through, write_json
@@ -110,8 +111,7 @@ def tokenise(places, folder):
 
 
 def summed_up(phase, folder, *more):
-    where = ["--items", str(folder.parent / "items.safetensors"), "--runs", str(folder)]
-    return study.main([phase, *where, *more])
+    return study.main([phase, "--runs", str(folder), *more])
 
 
 def test_the_whole_study(places, small, tmp_path, capsys):
@@ -440,34 +440,39 @@ def test_runs_of_other_settings_are_refused(tmp_path):
 
 def test_the_committed_runs_are_of_these_settings():
     folder = Path(study.__file__).parents[1] / "results" / "h200" / "accuracy_runs"
-    results = [result for phase in study.WORK for result in results_of(folder, phase)]
+    results = [result for phase in study.PHASES for result in results_of(folder, phase)]
     assert len(results) == 233
     check_settings(
         folder, results, {name: method.settings for name, method in (methods.METHODS | methods.SEARCH).items()}
     )
 
 
-def test_the_committed_report_is_of_the_committed_runs():
+def assert_close(one, other):
+    """JSON, numbers up to rounding."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        one, other = list(one.values()), list(other.values())
+    if isinstance(one, list):
+        assert len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            assert_close(*pair)
+    else:
+        assert one == (pytest.approx(other) if isinstance(one, float) else other)
+
+
+def test_the_committed_results_are_of_the_committed_runs(tmp_path):
+    """All of them, the bootstrap's intervals too, and what was chosen before."""
     folder = Path(study.__file__).parents[1] / "results" / "h200"
-    rows = read_json(folder / "accuracy.json")["rows"]
-    reported = {(row["name"], *map(row["case"].get, ("domain", "seed"))): row for row in rows}
-    for result in results_of(folder / "accuracy_runs", "final"):
-        for domain, share in result["score"]["accuracy"].items():
-            row = reported["accuracy/" + result["method"], domain, result["seed"]]
-            assert row["median"] == pytest.approx(100 * share)
-            assert row["case"]["learning_rate"] == result["learning_rate"]
-    best, layerwise, paper, random, total, active = (
-        reported[f"accuracy/{name}", "mean", "all"]
-        for name in ("pregate_best", "layerwise", "pregate_paper", "random_routing", "lora_total", "lora_active")
-    )
-    for row, key, other in (
-        (best, "diff_to_layerwise", layerwise),
-        (paper, "diff_to_random_routing", random),
-        (total, "diff_to_lora_active", active),
-    ):
-        low, middle, high = row[key]
-        assert low < middle < high
-        assert middle == pytest.approx(row["median"] - other["median"])
+    for phase in ("report", "heatmap"):
+        assert summed_up(phase, folder / "accuracy_runs", "--out", str(tmp_path / f"{phase}.json")) == 0
+    for phase, committed in (("report", "accuracy.json"), ("heatmap", "routing.json")):
+        again, found = read_json(tmp_path / f"{phase}.json"), read_json(folder / committed)
+        assert_close(again, found)
+    trials = [path for path in (folder / "accuracy_runs").iterdir() if not path.name.startswith(("chosen", "final"))]
+    for path in trials:
+        shutil.copy(path, tmp_path)
+    choose(tmp_path, [*methods.METHODS, methods.BEST], study.RATES)
+    assert read_json(tmp_path / "chosen.json") == read_json(folder / "accuracy_runs" / "chosen.json")
 
 
 def test_another_teacher_is_another_run(tmp_path, monkeypatch):
@@ -876,16 +881,16 @@ def test_the_bootstrap_of_a_case_done_by_hand():
 
 
 def test_a_report_of_an_unfinished_study_is_refused(tiny):
-    items = tiny[2]
+    groups = Groups.of(tiny[2], tiny[2].test)
 
     def result(method, seed, learning_rate=0.1):
-        score = {"order": items.test.order_hash()}
+        score = {"order": groups.order}
         return {"method": method, "seed": seed, "learning_rate": learning_rate, "score": score}
 
     with pytest.raises(ValueError, match="two final runs of m from seed 1; remove one"):
-        accuracy_rows([result("m", 1), result("m", 1, 0.2)], items.test, items.names, "m")
+        accuracy_rows([result("m", 1), result("m", 1, 0.2)], groups, "m")
     with pytest.raises(ValueError, match=r"different seeds: \{'m': \[1, 2\], 'n': \[1\]\}; finish `final`"):
-        accuracy_rows([result("m", 1), result("m", 2), result("n", 1)], items.test, items.names, "m")
+        accuracy_rows([result("m", 1), result("m", 2), result("n", 1)], groups, "m")
 
 
 @pytest.mark.parametrize(("best", "says"), [(0.45, ""), (0.35, "   replace this domain: no method gains 10 points")])
@@ -900,7 +905,7 @@ def test_a_domain_that_nothing_learns_is_named(tmp_path, best, says):
 
 
 def test_a_report_of_other_items_is_refused(tiny):
-    items = tiny[2]
+    groups = Groups.of(tiny[2], tiny[2].test)
     result = {"method": "m", "seed": 0, "score": {"order": "0"}}
     with pytest.raises(ValueError, match="other test items"):
-        accuracy_rows([result], items.test, items.names, "m")
+        accuracy_rows([result], groups, "m")

@@ -67,6 +67,32 @@ class Split:
 
 
 @dataclass(frozen=True, eq=False)
+class Groups:
+    """What a report needs of a split, without any of its text: names of the domains, `order_hash` of the items, and for each item [n] the
+    index of its domain and the number of its cluster."""
+
+    names: tuple[str, ...]
+    order: str
+    domains: np.ndarray
+    clusters: np.ndarray
+
+    @classmethod
+    def of(cls, items: Items, split: Split) -> Groups:
+        return cls(items.names, split.order_hash(), split.domains, split.clusters)
+
+    @classmethod
+    def from_json(cls, read: dict) -> Groups:
+        return cls(tuple(read["names"]), read["order"], np.array(read["domains"]), np.array(read["clusters"]))
+
+    def to_json(self) -> dict:
+        numbers = {"domains": self.domains.tolist(), "clusters": self.clusters.tolist()}
+        return {"names": list(self.names), "order": self.order, **numbers}
+
+    def __len__(self):
+        return len(self.domains)
+
+
+@dataclass(frozen=True, eq=False)
 class Items:
     """All splits of all domains. names: the domains, sorted. vocabulary: hash of the tokenizer's."""
 

@@ -15,15 +15,16 @@ PERCENT = 100
 FURTHER = {"pregate_paper": "random_routing", "lora_total": "lora_active"}
 
 
-def accuracy_rows(results, split, names, reference) -> list[dict]:
+def accuracy_rows(results, groups, reference) -> list[dict]:
     """Rows `accuracy/<method>`: a domain (or "mean", over domains) and a seed (or "all") each. median, p20, p80, std in percent.
 
     "all" is the mean over the seeds, also in `median`, and std the sample standard deviation, null for one seed. "nll": nats per token of
     the right answers. Rows of "mean", "all" carry `diff_to_<reference>`: [low, mid, high] in percentage points, `stats.paired_difference`
-    over the common seeds; those of `FURTHER` one more. ValueError if the results are not of these items, the reference has none, or the
-    methods were not trained from the same seeds, once each.
+    over the common seeds; those of `FURTHER` one more. The best pre-gate has it for each domain by itself, too, and without each.
+    groups: of the test items. ValueError if the results are not of these, the reference has none, or the methods were not trained from
+    the same seeds, once each.
     """
-    if strangers := [result["method"] for result in results if result["score"]["order"] != split.order_hash()]:
+    if strangers := [result["method"] for result in results if result["score"]["order"] != groups.order]:
         raise ValueError(
             f"results of {', '.join(sorted(set(strangers)))} are of other test items than those of this folder"
         )
@@ -40,15 +41,19 @@ def accuracy_rows(results, split, names, reference) -> list[dict]:
         raise ValueError(f"there is no final run of {reference!r} to compare with; found: {', '.join(sorted(methods))}")
     rows = []
     for name, by_seed in methods.items():
-        for domain in (*names, "mean"):
+        for domain in (*groups.names, "mean"):
             found = [_row(name, domain, seed, [result]) for seed, result in sorted(by_seed.items())]
             rows += [*found, _row(name, domain, "all", list(by_seed.values()))]
         if name != reference:
-            rows[-1][f"diff_to_{reference}"] = _difference(by_seed, methods[reference], split)
+            rows[-1][f"diff_to_{reference}"] = _difference(by_seed, methods[reference], groups)
         if FURTHER.get(name) in methods:
-            rows[-1][f"diff_to_{FURTHER[name]}"] = _difference(by_seed, methods[FURTHER[name]], split)
+            rows[-1][f"diff_to_{FURTHER[name]}"] = _difference(by_seed, methods[FURTHER[name]], groups)
         if name != BEST and BEST in methods:
-            rows[-1]["diff_of_pregate_best"] = _difference(methods[BEST], by_seed, split)
+            rows[-1]["diff_of_pregate_best"] = _difference(methods[BEST], by_seed, groups)
+        if name == BEST:
+            for row in rows:
+                if row["name"] == f"accuracy/{BEST}" and row["case"]["seed"] == "all":
+                    row |= _by_domain(by_seed, methods[reference], groups, row["case"]["domain"], reference)
     return rows
 
 
@@ -81,8 +86,17 @@ def _row(name, domain, seed, results):
     }
 
 
-def _difference(ours, theirs, split):
-    """[low, mid, high] in percentage points. A method that trains nothing is the same for every seed."""
+def _by_domain(ours, theirs, groups, domain, reference):
+    """The difference of a domain's items alone; for "mean" those of all domains but one, by its name."""
+    there = {name: groups.domains == number for number, name in enumerate(groups.names)}
+    if domain != "mean":
+        return {f"diff_to_{reference}": _difference(ours, theirs, groups, there[domain])}
+    without = {name: _difference(ours, theirs, groups, ~inside) for name, inside in there.items()}
+    return {f"diff_to_{reference}_without": without} if len(without) > 1 else {}
+
+
+def _difference(ours, theirs, groups, items=slice(None)):
+    """[low, mid, high] in percentage points, of these items. A method that trains nothing is the same for every seed."""
     untrained = [by_seed for by_seed in (ours, theirs) if _untrained(by_seed)]
     seeds = sorted(set(ours) & set(theirs)) if not untrained else sorted(set(ours if theirs in untrained else theirs))
     if not seeds:
@@ -90,9 +104,9 @@ def _difference(ours, theirs, split):
 
     def correct(by_seed):
         only = next(iter(by_seed.values()))
-        return np.stack([unpack(by_seed.get(seed, only)["score"]["correct"], len(split)) for seed in seeds])
+        return np.stack([unpack(by_seed.get(seed, only)["score"]["correct"], len(groups))[items] for seed in seeds])
 
-    found = paired_difference(correct(ours), correct(theirs), split.domains, split.clusters)
+    found = paired_difference(correct(ours), correct(theirs), groups.domains[items], groups.clusters[items])
     return [PERCENT * value for value in found]
 
 
@@ -101,7 +115,7 @@ def _untrained(by_seed):
 
 
 def trial_rows(results) -> list[dict]:
-    """Rows `trials/<method or form>`: accuracy on validation of one trial of `tune` or `search`, in percent, mean over domains."""
+    """Rows `trials/<method or form>`: accuracy of one trial on validation (`tune`, `search`, `refine`), in percent, mean over domains."""
     return [
         {
             "name": f"trials/{result['method']}",

@@ -13,12 +13,14 @@ from pathlib import Path
 
 STUDY = "study.json"
 CHOSEN = "chosen.json"
+GROUPS = "test.json"
+PHASES = ("tune", "search", "refine", "final")
 MARGIN = 1.2
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training and evaluation. phase: "tune", "search" or "final". method: its name in the results. built_as: the name of the settings
+    """One training and evaluation. phase: one of `PHASES`. method: its name in the results. built_as: the name of the settings
     it is built from, another one for the best of a search. learning_rate 0: nothing is trained. teacher_rate: the learning rate of its
     teacher, 0 where there is none.
     """
@@ -156,11 +158,10 @@ class Here(Executor):
 def _timed(do, run, clock):
     begun = clock()
     result = do(run)
-    return {**vars(run), **result, "seconds": round(clock() - begun, 2)}
+    finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {**vars(run), **result, "seconds": round(clock() - begun, 2), "finished": finished}
 
 
 def _longest(folder):
     """Seconds of the longest run in the folder, 0 if there is none."""
-    return max(
-        (found["seconds"] for phase in ("tune", "search", "final") for found in results_of(folder, phase)), default=0.0
-    )
+    return max((found["seconds"] for phase in PHASES for found in results_of(folder, phase)), default=0.0)

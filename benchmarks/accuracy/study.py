@@ -9,7 +9,8 @@
     python benchmarks/accuracy/study.py report  --runs DIR --out benchmarks/results/h200/accuracy.json
     python benchmarks/accuracy/study.py heatmap --runs DIR --out benchmarks/results/h200/routing.json --plot docs/routing.png
 
-DIR gets one small JSON file a run, and nothing of the items' text, so that it can be committed and a study goes on elsewhere.
+DIR gets one small JSON file a run, and nothing of the items' text, so that it can be committed, a study goes on elsewhere, and a report
+needs nothing else.
 --workers 2 does two runs at a time on one GPU: while one is prepared, the other computes. On several GPUs workers take turns.
 Exit code 0: all runs of the phase are done. 3: the budget is over and runs are left. 1: something failed, stderr says what.
 """
@@ -46,11 +47,21 @@ from accuracy.choose import (
 )
 from accuracy.evaluate import Evaluation
 from accuracy.heatmap import draw
-from accuracy.items import make_items, read_items
+from accuracy.items import Groups, make_items, read_items
 from accuracy.methods import BEST, METHODS, SEARCH, Method
 from accuracy.report import accuracy_rows, common_environment, heatmap_rows, trial_rows
 from accuracy.routing_share import expert_shares
-from accuracy.runs import Run, check_settings, check_study, read_json, results_of, work_through, write_json
+from accuracy.runs import (
+    GROUPS,
+    PHASES,
+    Run,
+    check_settings,
+    check_study,
+    read_json,
+    results_of,
+    work_through,
+    write_json,
+)
 from accuracy.train import SCHEDULES, TrainSettings, train
 from adafuse import AdaFuseModel
 from adafuse.base import load_base
@@ -59,9 +70,7 @@ SEEDS = (1, 2, 3, 4, 5)  # not those that the rates were chosen with
 REFERENCE = "layerwise"
 DATA = Path(__file__).parents[1] / "domains" / "data"
 RUNS_LEFT = 3
-TRIALS = ("tune", "search", "refine")
-WORK = (*TRIALS, "final")
-PHASES = {
+COMMANDS = {
     "items": "tokenise the domains",
     "tune": "train each method at each learning rate, score validation",
     "search": "train each form of the pre-gate at the rate found for layer-wise routing, score validation",
@@ -156,7 +165,7 @@ def runs_of(options, phase) -> list[Run]:
     """The runs of a phase, in the order they are done in. ValueError if the phases before have left some that it builds on, or the folder
     has runs of other settings."""
     known = {name: method.settings for name, method in (METHODS | SEARCH).items()}
-    check_settings(options.runs, [result for each in WORK for result in results_of(options.runs, each)], known)
+    check_settings(options.runs, [result for each in PHASES for result in results_of(options.runs, each)], known)
     if phase == "tune":
         return tune_runs(_known(options.methods, METHODS), options.rates)
     if phase == "search":
@@ -187,7 +196,7 @@ def _known(asked, known):
 def work(options) -> int:
     """Do the runs of a phase, or of one phase after the other, in this process or in `options.workers` others."""
     started = time.monotonic()
-    phases = WORK if options.phase == "all" else (options.phase,)
+    phases = PHASES if options.phase == "all" else (options.phase,)
     runs = runs_of(options, phases[0])
     read_items(options.items)  # with _base_folder: what a user can get wrong is said here, before workers start
     _base_folder(options.base)
@@ -204,6 +213,9 @@ def work(options) -> int:
 def _work(options, phases, runs, do, started, pool=None):
     for phase in phases:
         runs = runs if phase == phases[0] else runs_of(options, phase)
+        if phase == "final":
+            items = read_items(options.items)
+            write_json(Path(options.runs) / GROUPS, Groups.of(items, items.test).to_json())
         print(f"{phase}: ", end="")
         remaining, failed = work_through(
             options.runs, runs, do, options.budget_s, started=started, workers=options.workers, pool=pool
@@ -247,14 +259,14 @@ def report(options) -> int:
         raise ValueError(
             f"{options.runs} has final runs from {seeds} seeds, of {options.least_seeds}; finish `final` first"
         )
-    items, env = read_items(options.items), common_environment(results)
+    groups = Groups.from_json(read_json(Path(options.runs) / GROUPS))
     if options.phase == "report":
-        trials = [result for phase in TRIALS for result in results_of(options.runs, phase)]
-        rows = accuracy_rows(results, items.test, items.names, options.reference) + trial_rows(trials)
-        record.write(options.out, rows, env)
+        trials = [result for phase in PHASES if phase != "final" for result in results_of(options.runs, phase)]
+        rows = accuracy_rows(results, groups, options.reference) + trial_rows(trials)
+        record.write(options.out, rows, common_environment([*results, *trials]))
         return 0
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.out, {"env": env, "rows": heatmap_rows(results, items.names)})
+    write_json(options.out, {"env": common_environment(results), "rows": heatmap_rows(results, groups.names)})
     if options.plot:
         draw(read_json(options.out)["rows"], options.plot)
     return 0
@@ -280,10 +292,10 @@ def _hash_of(model):
 def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     phases = parser.add_subparsers(dest="phase", required=True)
-    for phase, does in PHASES.items():
+    for phase, does in COMMANDS.items():
         command = phases.add_parser(phase, help=does, description=does)
-        command.add_argument("--items", default=DATA / "items.safetensors", help="file of the tokenised items")
-        if phase in ("items", "all", *WORK):
+        if phase in ("items", "all", *PHASES):
+            command.add_argument("--items", default=DATA / "items.safetensors", help="file of the tokenised items")
             command.add_argument(
                 "--base",
                 default="smollm2",
@@ -303,7 +315,7 @@ def parse(arguments=None):
             command.add_argument("--reference", default=REFERENCE, help="method that the others are compared with")
         if phase == "heatmap":
             command.add_argument("--plot", help="PNG file to draw; needs matplotlib")
-        if phase in ("all", *WORK):
+        if phase in ("all", *PHASES):
             _add_work(command, phase)
     return parser.parse_args(arguments)
 
