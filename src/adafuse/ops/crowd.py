@@ -36,6 +36,8 @@ import triton.language as tl
 
 from adafuse.ops import launch
 from adafuse.ops.checks import aligned_rows
+from adafuse.ops.flags import set_flag as _set
+from adafuse.ops.flags import wait_for as _wait_for
 from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import INTERPRETED, cdiv, dot, next_power_of_2
 
@@ -157,33 +159,6 @@ def _prefetch(pointers):
         is_pure=False,
         pack=1,
     )
-
-
-@triton.jit
-def _look(flags):
-    """Flags, and with those that are set, all that was written before them."""
-    if INTERPRETED:
-        return tl.load(flags, volatile=True)
-    else:  # noqa: RET505 - what is not taken must not be compiled
-        return tl.inline_asm_elementwise(
-            "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [flags.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
-def _wait_for(flags):
-    """Until all `flags` are set."""
-    seen = _look(flags)
-    while tl.min(seen, 0) == 0:
-        seen = _look(flags)
-    tl.debug_barrier()
-
-
-@triton.jit
-def _set(flag):
-    """After all that this program wrote."""
-    tl.debug_barrier()
-    tl.atomic_xchg(flag, 1, sem="release")
 
 
 @triton.jit
