@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 from test_batch_op import DEVICE, LIMITS, ROUTINGS, assert_close, expected_delta, make_data, make_tiles, poisoned, route
 
+from adafuse.ops import matmul
 from adafuse.ops.batch import shrink_tiles, shrink_tiles_ref
 from adafuse.ops.matmul import matmul_tiles, matmul_tiles_ref
 
@@ -18,14 +19,15 @@ def weights(features, outputs, dtype):
     return tuple((torch.randn(o, features) * features**-0.5).to(DEVICE, dtype) for o in outputs)
 
 
-def check(kind, size, features, outputs, dtype, **blocks):
+def check(kind, size, features, outputs, dtype, transposed=False, **blocks):
     routing = route(kind, *size[:3])
     tiles = make_tiles(routing, size, **blocks)
     x, a, b, _ = make_data(size, features, outputs, dtype)
     w = weights(features, outputs, dtype)
     h = shrink_tiles(x, a, tiles, out=poisoned(tiles, len(a), dtype), block_i=32 if DEVICE == "cpu" else None)
     out = torch.full((size[0], sum(outputs)), torch.nan, dtype=dtype, device=DEVICE)
-    matmul_tiles(x, w, h, b, tiles, out)
+    given = [part.T.contiguous() for part in b] if transposed else b
+    matmul_tiles(x, w, h, given, tiles, out, transposed=transposed)
     for got, base, pair in zip(out.split(outputs, dim=1), w, zip(a, b, strict=True), strict=True):
         exact = x.double().cpu() @ base.double().cpu().T + expected_delta(x, *pair, routing, size)
         assert_close(got, exact, dtype)
@@ -42,6 +44,16 @@ def test_one_linear(kind, size):
 @pytest.mark.parametrize("outputs", [(64, 24, 304), (40, 264)], ids=str)
 def test_groups_of_odd_sizes(dtype, outputs):
     check("uniform", (63, 6, 2, 16, 3), 72, outputs, dtype, block_t=32, block_r=16)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("size", [(63, 8, 2, 16, 8), (130, 64, 16, 1, 0)], ids=str)
+@pytest.mark.parametrize("outputs", [(64, 24, 304), (40, 264)], ids=str)
+def test_in_one_loop(dtype, size, outputs, monkeypatch):
+    """b transposed. More tiles than programs, features that do not fill the last step, blocks of ranks of several experts."""
+    monkeypatch.setattr(matmul, "processors", lambda x: 4)
+    block_r = 32 if dtype == torch.float32 else 64
+    check("uniform", size, 72, outputs, dtype, transposed=True, block_t=16, block_r=block_r)
 
 
 def test_reference_agrees_with_the_loop():
@@ -97,10 +109,24 @@ def test_bad_arguments_are_refused():
         matmul_tiles(x[:, :30], (w[0][:, :30].contiguous(),), h, b, tiles, out)
     with pytest.raises(ValueError, match="they must agree"):
         matmul_tiles(x, w, h, b, tiles, out.half())
-    with pytest.raises(ValueError, match=r"out is \[40, 12\], needs \[40, 16\]"):
+    with pytest.raises(ValueError, match=r"out is \[40, 12\] with strides \(16, 1\), needs \[40, 16\]"):
         matmul_tiles(x, w, h, b, tiles, out[:, :12])
     with pytest.raises(ValueError, match="2 tensors b for 1 outputs"):
         matmul_tiles(x, w, h, b + b, tiles, out)
+    b_t = (b[0].T.contiguous(),)
+    matmul_tiles(x, w, h, b_t, tiles, out, transposed=True)
+    for given, message in (
+        (b, "needs, transposed, contiguous"),
+        (b_t + b_t, "2 tensors b for 1 base weights"),
+        ((b[0].T,), "needs, transposed, contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            matmul_tiles(x, w, h, given, tiles, out, transposed=True)
+    with pytest.raises(ValueError, match=r"h is \[1, 64, 31\]"):
+        matmul_tiles(x, w, h[..., :31], b_t, tiles, out, transposed=True)
+    other = make_tiles(route("uniform", *size[:3]), size, block_r=16)
+    with pytest.raises(ValueError, match="block_r=32"):
+        matmul_tiles(x, w, shrink_tiles(x, a, other), b_t, other, out, transposed=True)
 
 
 @pytest.mark.gpu
@@ -109,5 +135,11 @@ def test_bad_arguments_are_refused():
     "size", [(1000, 8, 2, 64, 0), (2048, 64, 16, 1, 3), (600, 8, 2, 16, 16), (130, 16, 2, 64, 0)], ids=str
 )
 @pytest.mark.parametrize(("features", "outputs"), [(1024, (1024, 256, 256)), (1000, (1000,)), (2816, (1032,))], ids=str)
-def test_large_sizes_on_the_gpu(dtype, size, features, outputs):
-    check("uniform", size, features, outputs, dtype)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_large_sizes_on_the_gpu(dtype, size, features, outputs, transposed):
+    if not transposed:
+        check("uniform", size, features, outputs, dtype)
+    elif (size[1] * size[3] + size[4]) * dtype.itemsize % 16:
+        pytest.skip("descriptors cannot read this b transposed")
+    else:
+        check("uniform", size, features, outputs, dtype, transposed=True, block_r=32 if dtype == torch.float32 else 64)

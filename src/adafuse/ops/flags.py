@@ -35,3 +35,41 @@ def set_flag(flag):
     """After all that this program wrote."""
     tl.debug_barrier()
     tl.atomic_xchg(flag, 1, sem="release")
+
+
+@triton.jit
+def arrive(counter, count):
+    """Add `count`, after all that this program wrote."""
+    tl.debug_barrier()
+    tl.atomic_add(counter, count, sem="release")
+
+
+@triton.jit
+def wait_until(counter, count):
+    """Until so many have arrived."""
+    counter = counter + tl.arange(0, 1)
+    seen = look(counter)
+    while tl.min(seen, 0) < count:
+        seen = look(counter)
+    tl.debug_barrier()
+
+
+@triton.jit
+def waited_until(counter, count):
+    """`wait_until` without a loop that Triton sees, for one that it is to pipeline. Returns a 0 of which the compiler does not know: who
+    reads what was waited for adds it to the address. Each thread waits for itself, without a barrier."""
+    if INTERPRETED:
+        wait_until(counter, count)
+        seen = count
+    else:
+        seen = tl.inline_asm_elementwise(
+            """{
+            .reg .pred missing;
+            LOOK:
+            ld.acquire.gpu.global.b32 $0, [$1];
+            setp.lt.s32 missing, $0, $2;
+            @missing bra LOOK;
+            }""",
+            "=&r,l,r", [counter.to(tl.int64), count], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return tl.minimum(seen - count, 0)
