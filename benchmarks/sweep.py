@@ -2,6 +2,7 @@
 
 adafuse bench sweep --kernel decode --out /tmp/decode.json
 adafuse bench sweep --kernel crowd --tokens 32 --out /tmp/crowd.json
+adafuse bench sweep --kernel prefill --tokens 2048 --out /tmp/prefill.json
 """
 
 import argparse
@@ -76,6 +77,16 @@ BATCH = {
     "tiles": ({}, {"block_t": 64}),
     "gated": ({}, {"in_order": True}, {"in_order": False}),
     "matmul": ({}, {"group": 8}, {"num_stages": 4}, {"block_o": 128}),
+}
+# Prompts, by rank: shrink and matmul, and both in one launch. block_n: ranks that share a tile of x; most_splits=1: nobody shares a chunk
+# of h; each=1: no program takes two; transposed: features and ranks in one loop.
+IN_ONE_LOOP = {"transposed": True, "block_r": 64}
+PREFILL = {
+    64: {
+        "matmul": ({}, IN_ONE_LOOP, {**IN_ONE_LOOP, "group": 8}),
+        "mixture": ({}, {"num_stages": 4}, {"block_n": 128}, {"most_splits": 1}, IN_ONE_LOOP),
+    },
+    16: {"matmul": ({}, IN_ONE_LOOP), "mixture": ({}, IN_ONE_LOOP)},
 }
 PRISTINE = tuple(Tile(stagger=n) for n in (0, 1, 5))
 IN_PLACE = (
@@ -232,6 +243,23 @@ def sweep_batch(sweep, model, tokens):
         free()
 
 
+def sweep_prefill(sweep, model, tokens):
+    """Base and experts of a prompt, one launch a group or two; cuBLAS's base before and after."""
+    stack = Stack(model, tokens=tokens)
+    base = record.row("cublas", {"tokens": tokens}, times(graph_of(stack.run_cublas).replay, stack.prepare, 8), "ms")
+    sweep.rows.append(base)
+    print(f"{base['median']:9.4f} ms  cublas", flush=True)
+    for r, kernels in PREFILL.items():
+        batch = Batch(stack, num_experts=8, r=r, top_k=2)
+        for name, variants in kernels.items():
+            for given in variants:
+                run, case = partial(batch.run, name, **given), {"tokens": tokens, **given}
+                sweep.time(f"{name}_r{r}", case, run, base, stack.prepare, 8, batch.error)
+        del batch
+        free()
+    sweep.time("cublas again", {"tokens": tokens}, stack.run_cublas, base, stack.prepare, 8)
+
+
 def sweep_pieces(sweep, model, tokens):
     """The two kernels of a batch by themselves, for q, k and v of 32 blocks."""
     stack = Stack(model, tokens=tokens)
@@ -297,6 +325,7 @@ def main():
         "among": sweep_among,
         "groups": sweep_groups,
         "batch": sweep_batch,
+        "prefill": sweep_prefill,
         "pieces": sweep_pieces,
         "crowd": sweep_crowd,
         "switch": sweep_switch,
