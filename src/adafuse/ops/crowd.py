@@ -36,8 +36,7 @@ import triton.language as tl
 
 from adafuse.ops import launch
 from adafuse.ops.checks import aligned_rows
-from adafuse.ops.flags import set_flag as _set
-from adafuse.ops.flags import wait_for as _wait_for
+from adafuse.ops.flags import set_flag, wait_for
 from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import INTERPRETED, cdiv, dot, next_power_of_2
 
@@ -298,7 +297,7 @@ def _crowd_kernel(
         if R > 0:  # noqa: SIM102
             if to_step > I_STEPS:
                 piece = tl.minimum(tl.arange(0, PIECES), R_TILES - 1)
-                _wait_for(h_flags + (linear * R_TILES + piece) * token_tiles + token_tile)
+                wait_for(h_flags + (linear * R_TILES + piece) * token_tiles + token_tile)
                 h_row = h + (linear * token_tiles * BLOCK_T + t).to(tl.int64) * (R_TILES * BLOCK_O)
                 for step in range(tl.maximum(from_step, I_STEPS) - I_STEPS, to_step - I_STEPS):
                     rank = step * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -312,10 +311,10 @@ def _crowd_kernel(
         inside = tl.arange(0, BLOCK_O)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
         if to_step < steps:
             tl.store(partial + pid * (BLOCK_O * BLOCK_T) + inside, acc)
-            _set(flags + pid)
+            set_flag(flags + pid)
         else:
             for other in range(pid - index + _owner(place * steps, programs, total), pid, TOGETHER):
-                _wait_for(flags + tl.minimum(other + tl.arange(0, TOGETHER), pid - 1))
+                wait_for(flags + tl.minimum(other + tl.arange(0, TOGETHER), pid - 1))
                 for j in tl.static_range(TOGETHER):
                     there = (inside >= 0) & (other + j < pid)
                     at = partial + (other + j) * (BLOCK_O * BLOCK_T) + inside
@@ -330,7 +329,7 @@ def _crowd_kernel(
                     )
                     h_at = (linear * token_tiles * BLOCK_T + t).to(tl.int64)[None, :] * (R_TILES * BLOCK_O) + o[:, None]
                     tl.store(h + h_at, (acc * gate).to(h.dtype.element_ty))
-                    _set(h_flags + place)
+                    set_flag(h_flags + place)
             else:
                 y_at = y + t.to(tl.int64)[None, :] * stride_y + column + o[:, None]
                 tl.store(y_at, acc.to(y.dtype.element_ty), mask=(t < T)[None, :] & (o < width)[:, None])
