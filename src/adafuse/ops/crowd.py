@@ -38,7 +38,7 @@ from adafuse.ops import launch
 from adafuse.ops.checks import aligned_rows
 from adafuse.ops.flags import set_flag, wait_for
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import INTERPRETED, cdiv, dot, next_power_of_2
+from adafuse.ops.launch import cdiv, dot, next_power_of_2
 
 LINE = 128  # bytes that a prefetch asks for
 SHARED_MEMORY = 227 * 1024  # of a processor
