@@ -357,6 +357,7 @@ class Batch(Banks):
         """`matmul` with its shrink in the same launch; no form of the library's."""
         stack, found = self.stack, tiles()
         sizes = {name: given[name] for name in ("block_n", "programs") if name in given}
+        sizes |= {"shared": 256} if given.get("shared") else {}  # bf16's block_o
         rooms = [Room.make(stack.x, len(g.widths), found, **sizes) for g in stack.groups]
         counts = [len(room.flags) for room in rooms] * stack.blocks
         flags = torch.zeros(sum(counts), dtype=torch.int32, device=stack.device).split(counts)

@@ -88,6 +88,15 @@ PREFILL = {
     },
     16: {"matmul": ({}, IN_ONE_LOOP), "mixture": ({}, IN_ONE_LOOP)},
 }
+# Up to 512 tokens: `gated`, which the library takes, and tiles of the mixture that several programs share.
+SHARED = {"shared": True, "block_t": 128, "block_r": 64}
+PREFILL_OF_FEW = {
+    r: {
+        "gated": ({},),
+        "mixture": (SHARED, {**SHARED, "num_stages": 4}, {**SHARED, "most_splits": 8}, {**SHARED, "group": 8}),
+    }
+    for r in (64, 16)
+}
 PRISTINE = tuple(Tile(stagger=n) for n in (0, 1, 5))
 IN_PLACE = (
     *(Tile(num_stages=2, registers=True, stagger=n) for n in (0, 1, 3, 5, 11)),
@@ -249,7 +258,7 @@ def sweep_prefill(sweep, model, tokens):
     base = record.row("cublas", {"tokens": tokens}, times(graph_of(stack.run_cublas).replay, stack.prepare, 8), "ms")
     sweep.rows.append(base)
     print(f"{base['median']:9.4f} ms  cublas", flush=True)
-    for r, kernels in PREFILL.items():
+    for r, kernels in (PREFILL_OF_FEW if tokens <= 512 else PREFILL).items():
         batch = Batch(stack, num_experts=8, r=r, top_k=2)
         for name, variants in kernels.items():
             for given in variants:

@@ -74,7 +74,9 @@ def a_batch(tokens, features, widths, num_experts, r, top_k, shared, dtype=torch
         if (mixture or {}).get("transposed"):
             b = [part.T.contiguous() for part in b]
             matmul_tiles(x, weights, h, b, tiles, wide, transposed=True)
-        matmul_mixture(x, weights, a, b, tiles, wide, MixtureRoom.make(x, len(widths), tiles), **(mixture or {}))
+        shared = 256 if (mixture or {}).get("shared") else 0  # bf16's block_o
+        mixture_room = MixtureRoom.make(x, len(widths), tiles, shared=shared)
+        matmul_mixture(x, weights, a, b, tiles, wide, mixture_room, **(mixture or {}))
 
 
 def a_crowd(tokens, features, widths, num_experts, r, dtype=torch.bfloat16):
@@ -148,6 +150,7 @@ if __name__ == "__main__":
     a_batch(130, 72, (64, 24, 304), 8, 16, 2, 3)
     a_batch(130, 264, (136, 24), 8, 16, 2, 0, mixture={"block_i": 16})  # chunks of h that several programs share
     a_batch(520, 136, (136, 24), 4, 64, 1, 0, mixture={"transposed": True})
+    a_batch(130, 520, (136, 24), 8, 16, 2, 0, mixture={"block_i": 16, "shared": True})
     a_crowd(33, 192, (72, 40), 4, 8)
     a_crowd(100, 192, (72, 40), 4, 8)
     a_crowd(12, 72, (40,), 4, 4, torch.float32)

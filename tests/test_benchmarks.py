@@ -84,14 +84,20 @@ def test_batches_of_stacks(tokens, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"most_splits": 1, "num_stages": 4}, {"transposed": True, "block_r": 64}], ids=str
+    ("form", "given"),
+    [
+        ("matmul", {}),
+        ("matmul", {"transposed": True, "block_r": 64}),
+        ("mixture", {}),
+        ("mixture", {"most_splits": 1, "num_stages": 4}),
+        ("mixture", {"transposed": True, "block_r": 64}),
+        ("mixture", {"shared": True, "block_t": 128, "block_r": 64}),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("form", ["matmul", "mixture"])
 def test_a_batch_in_one_launch_a_group_or_two(form, given):
     toy = stack.Stack("toy", tokens=20, device=DEVICE)
     batch = stack.Batch(toy, num_experts=4, r=4, top_k=2)
-    if form == "matmul":
-        given = {name: value for name, value in given.items() if name != "most_splits"}
     batch.run(form, **given)
     assert batch.error() < LIMIT
     assert batch.error() > 0

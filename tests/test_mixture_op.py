@@ -37,7 +37,8 @@ def run(x, w, a, b, tiles, block_n=None, programs=None, **given):
     """Output, and what was left in h."""
     if given.get("transposed"):
         b = [part.T.contiguous() for part in b]
-    room = room_of(x, len(w), tiles, block_n=block_n, programs=programs)
+    shared = (given.get("block_o") or (64 if x.dtype == torch.float32 else 256)) if given.get("shared") else 0
+    room = room_of(x, len(w), tiles, block_n=block_n, programs=programs, shared=shared)
     out = torch.full((len(x), sum(map(len, w))), NAN, dtype=x.dtype, device=DEVICE)
     matmul_mixture(x, w, a, b, tiles, out, room, block_n=block_n, programs=programs, **given)
     return out, room.h
@@ -84,9 +85,22 @@ def test_in_one_loop(kind, size, outputs):
 # What is dealt out depends on how many programs there are: none with a tile less than the others; some, too few for all chunks, enough,
 # or more than there are chunks; some that compute no tile at all.
 @pytest.mark.parametrize("programs", [1, 5, 6, 7, 11, 13, 50])
-@pytest.mark.parametrize("given", [{}, {"each": 3}, {"most_splits": 3}, {"block_n": 16}, {"transposed": True}], ids=str)
-def test_every_way_to_deal_out_h(programs, given):
-    """A chunk whole, by a program or several in turn, and by up to 8 programs. Tiles need from 2 to 8 of 8 blocks."""
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"each": 3},
+        {"most_splits": 3},
+        {"block_n": 16},
+        {"transposed": True},
+        {"shared": True},
+        {"shared": True, "most_splits": 3},
+    ],
+    ids=str,
+)
+def test_every_way_to_deal_out_work(programs, given):
+    """A chunk whole, by a program or several in turn, and by up to 8 programs. Tiles need from 2 to 8 of 8 blocks, and the last of the 25
+    tiles of y are whole or of 2, 3 or 6 programs."""
     size, outputs, blocks = (70, 8, 2, 16, 0), (72, 40), {"block_t": 16, "block_r": 16}
     given = {"block_n": 64, "block_o": 32, "block_i": 16, "programs": programs, **given}
     kinds = torch.tensor([0, 1, 2, 0, 1]).repeat_interleave(16)[
@@ -181,6 +195,8 @@ def test_bad_arguments_are_refused():
     refused("with b transposed, ranks are taken 16 at once", b=(b[0].T.contiguous(),), block_i=16, transposed=True)
     refused(r"a b is .* needs, transposed, .* \[16, 32\]", block_i=32, transposed=True)
     refused(r"a b is .* needs, transposed, .* \[16, 32\]", b=(b[0].T,), block_i=32, transposed=True)
+    refused("not both", transposed=True, shared=True)
+    refused(r"room\.partial is .* needs contiguous fp32", shared=True)
     refused(r"block_n 16 must be a power of two, no smaller than the blocks of 32 ranks", block_n=16)
 
 
@@ -232,11 +248,22 @@ class TestOnTheGpu:
 
     @pytest.mark.parametrize("programs", [7, 50, 100, 131, 132])
     @pytest.mark.parametrize(
-        "given", [{}, {"most_splits": 1}, {"block_n": 64}, {"num_stages": 4}, {"transposed": True}], ids=str
+        "given",
+        [{}, {"most_splits": 1}, {"block_n": 64}, {"num_stages": 4}, {"transposed": True}, {"shared": True}],
+        ids=str,
     )
-    def test_every_way_to_deal_out_h(self, programs, given):
+    def test_every_way_to_deal_out_work(self, programs, given):
         case, exact = gpu_case((2048, 8, 2, 64, 0), 4096, (1024, 512), torch.bfloat16)
         assert_close(run(*case, programs=programs, **given)[0], exact, torch.bfloat16)
+
+    @pytest.mark.parametrize("size", [(256, 8, 2, 64, 0), (100, 8, 2, 16, 3), (300, 64, 16, 1, 0)], ids=str)
+    @pytest.mark.parametrize(("features", "outputs"), [*GROUPS, (14336, (4096,)), (4096, (14336, 14336))], ids=str)
+    def test_few_tokens_whose_tiles_are_shared(self, size, features, outputs):
+        case, exact = gpu_case(size, features, outputs, torch.bfloat16, block_t=128, block_r=64)
+        got, _ = run(*case, shared=True)
+        assert_close(got, exact, torch.bfloat16)
+        for _ in range(20):
+            assert run(*case, shared=True)[0].equal(got)
 
     @pytest.mark.parametrize("transposed", [False, True])
     @pytest.mark.parametrize("each", [1, 64])

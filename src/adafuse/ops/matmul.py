@@ -67,11 +67,12 @@ def tile_at(place, token_tiles, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def base_products(
-    x_row, w, block, I: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr
+    x_row, w, block, first, end, I: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [BLOCK_T, BLOCK_O]: the rows of x at `x_row`, times block `block` of w's rows."""
+    """fp32 [BLOCK_T, BLOCK_O]: features from `first` to before `end` of the rows of x at `x_row`, times block `block` of w's rows."""
     acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
-    for start in tl.range(0, I, BLOCK_I, num_stages=STAGES):
+    for start in tl.range(first, end, BLOCK_I, num_stages=STAGES):
         i = start + tl.arange(0, BLOCK_I)
         if I % BLOCK_I == 0:
             x_tile = tl.load(x_row[:, None] + i[None, :])
@@ -82,7 +83,7 @@ def base_products(
 
 
 @triton.jit
-def _store_tile(
+def store_tile(
     acc, y, place, order, T, stride_y, weights, b, token_tiles, widths: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +148,7 @@ def tiles_in_one_loop(
         left = tl.load(at) if I % BLOCK_I == 0 else tl.load(at, mask=inside_x[None, :], other=0.0)
         acc = dot(left, w.load([block * BLOCK_O, start]).T, acc)
         if step == steps - 1:
-            _store_tile(
+            store_tile(
                 acc, y, done, order, T, stride_y, weights, b, token_tiles, widths, COLUMNS, BLOCK_T, BLOCK_O, GROUP
             )
             acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
@@ -184,7 +185,7 @@ def _matmul_kernel(
             needed, n = tl.load(counts + tile), tl.arange(0, LISTED)
             listed = tl.load(blocks + tile * NUM_BLOCKS + n, mask=n < NUM_BLOCKS, other=0)
             x_row = x + token.to(tl.int64) * stride_x
-            acc = base_products(x_row, w, block, I, BLOCK_T, BLOCK_O, BLOCK_I, STAGES)
+            acc = base_products(x_row, w, block, 0, I, I, BLOCK_T, BLOCK_O, BLOCK_I, STAGES)
             for step in tl.range(0, needed, num_stages=STAGES):
                 rank = tl.sum(tl.where(n == step, listed, 0), 0) * BLOCK_R
                 h_tile = h.load([(linear * token_tiles + tile) * BLOCK_T, rank])

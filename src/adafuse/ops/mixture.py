@@ -18,9 +18,13 @@ five for the other 24, which have room for one more. So h is cut into chunks, a 
 Tiles of y follow, as in `matmul`; or, with B transposed, all steps of all tiles of a program in one loop, so that nothing is waited for
 between two tiles.
 
-Those who share a chunk leave their sums in `partial`, and when all have come each adds a part of the rows, always in the same order.
-A program computes all its sums before it waits for anyone's, and all its parts of h before it waits for h: nobody waits for ever, as long
-as all programs run at once. That is what one program a processor is for: on a device of which something else holds a processor
+With few tokens the tiles of y are the problem: o of 256 tokens are 32 for 132 processors, gate and up of Llama-2-7B 172, of which the
+last 40 have 132 processors for themselves. Then (`shared`) those that are left when all programs have computed as many whole ones are
+shared, too: each of several programs sums a part of the features and ranks. There nobody has time to spare, and all share h alike.
+
+Those who share a chunk or a tile leave their sums in `partial`, and when all have come each adds a part of the rows, always in the same
+order. A program computes all its sums before it waits for anyone's, and all its parts of h before it waits for h: nobody waits for ever, as
+long as all programs run at once. That is what one program a processor is for: on a device of which something else holds a processor
 for good, it would not end. By the interpreter, which runs one program after another, one does the work of all.
 """
 
@@ -45,6 +49,7 @@ from adafuse.ops.matmul import (
     columns_of,
     described,
     matmul_tiles_ref,
+    store_tile,
     tile_at,
     tiles_in_one_loop,
 )
@@ -67,24 +72,25 @@ def matmul_mixture_ref(x, base_weights, a, b, tiles, out, *, transposed=False):
 
 class Room(NamedTuple):
     """What a launch leaves for itself. h [`tiles.h_shape`], of x's dtype, and partial, fp32, may serve one call after another; flags,
-    int32, are filled with 0 before each call."""
+    int32, are filled with 0 before each call. shared: the block_o of a call that shares tiles, 0 for others."""
 
     h: torch.Tensor
     partial: torch.Tensor
     flags: torch.Tensor
 
     @classmethod
-    def make(cls, x, linears, tiles, *, block_n=None, programs=None) -> Room:
+    def make(cls, x, linears, tiles, *, block_n=None, programs=None, shared=0) -> Room:
         block_n, programs = block_n or ranks_of_a_chunk(x, linears, tiles), programs or processors(x)
         return cls(
             x.new_empty(tiles.h_shape(linears)),
-            x.new_empty(programs, tiles.block_t, block_n, dtype=torch.float32),
-            x.new_zeros(num_flags(linears, tiles, block_n), dtype=torch.int32),
+            x.new_empty(programs * tiles.block_t * (block_n + shared), dtype=torch.float32),
+            x.new_zeros(num_flags(linears, tiles, block_n, programs), dtype=torch.int32),
         )
 
 
-def num_flags(linears, tiles, block_n) -> int:
-    return LINE.value + tiles.num_tiles * cdiv(tiles.num_blocks * linears * tiles.block_r, block_n)
+def num_flags(linears, tiles, block_n, programs) -> int:
+    """The counter of h, those of tiles that are shared, and of chunks."""
+    return LINE.value + programs + tiles.num_tiles * cdiv(tiles.num_blocks * linears * tiles.block_r, block_n)
 
 
 def ranks_of_a_chunk(x, linears, tiles) -> int:
@@ -126,53 +132,113 @@ def _find_chunk(chunk, counts, token_tiles, LINEARS: tl.constexpr, UNITS: tl.con
 
 
 @triton.jit
-def _share(program, programs, chunks, places, EACH: tl.constexpr, MOST_SPLITS: tl.constexpr):
-    """A program's share of h: the first chunk of its team, the number of the team's chunks and of its members, which of these it is, how
-    many share a chunk, and the team's first program. Its pieces: index, index + members and so on, below chunks * splits.
-
-    One team are the programs that compute a tile of y less than the others, if there are any, the others the other.
-    """
-    busy = places % programs
-    spare = (programs - busy) % programs
-    taken = tl.minimum(chunks, spare * EACH)
-    first, count, members, start = taken, chunks - taken, programs - spare, 0
-    if (spare > 0) & (program >= busy):
-        first, count, members, start = 0, taken, spare, busy
-    splits = tl.minimum(tl.maximum(members // tl.maximum(count, 1), 1), MOST_SPLITS)
-    return first, count, members, program - start, splits, start
+def _sharers(places, programs, SHARED: tl.constexpr, MOST_SPLITS: tl.constexpr):
+    """How many tiles are left when all programs have computed as many whole ones, and how many programs share each; 1: they are whole."""
+    rest, splits = places % programs, 1
+    if SHARED:
+        splits = tl.maximum(tl.minimum(programs // tl.maximum(rest, 1), MOST_SPLITS), 1)
+        splits = tl.where(rest > 0, splits, 1)
+    return rest, splits
 
 
 @triton.jit
-def _tiles_one_by_one(
-    x, weights, b, h, flags, wanted, y, order, counts, blocks, T, stride_x, stride_y,
+def _share(program, programs, chunks, rest, sharers, EACH: tl.constexpr, MOST_SPLITS: tl.constexpr):
+    """A program's share of h: the first chunk of its team, the number of the team's chunks and of its members, which of these it is, how
+    many share a chunk, and the team's first program. Its pieces: index, index + members and so on, below chunks * splits.
+
+    One team are the programs that compute a tile of y less than the others, if there are any, the others the other. Where tiles are
+    shared all are one team, those first that have no part of a tile.
+    """
+    spare = tl.where(sharers > 1, 0, (programs - rest) % programs)
+    taken = tl.minimum(chunks, spare * EACH)
+    first, count, members, start = taken, chunks - taken, programs - spare, 0
+    if (spare > 0) & (program >= rest):
+        first, count, members, start = 0, taken, spare, rest
+    splits = tl.minimum(tl.maximum(members // tl.maximum(count, 1), 1), MOST_SPLITS)
+    index = tl.where(sharers > 1, programs - 1 - program, program - start)
+    return first, count, members, index, splits, start
+
+
+@triton.jit
+def _sum_of_tile(
+    place, i_0, i_1, rank_0, rank_1, wait, x, weights, b, h, flags, wanted, order, blocks, T, stride_x,
     widths: tl.constexpr, COLUMNS: tl.constexpr, I: tl.constexpr, NUM_BLOCKS: tl.constexpr, LISTED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program's tiles of y as `matmul` computes them: features in a loop, ranks in another. wanted: of `flags` when h is there."""
+    """fp32 [BLOCK_T, BLOCK_O] of a tile of y: features i_0 to before i_1, and of the needed blocks of ranks rank_0 to before rank_1. wait:
+    for h, until `flags` is `wanted`."""
+    token_tiles = (T + BLOCK_T - 1) // BLOCK_T
+    tile, columns = tile_at(place, token_tiles, COLUMNS, GROUP)
+    w, part, linear, block, _column, _width = columns_of(columns, weights, b, widths, BLOCK_O)
+    t, slot = tile * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, LISTED)
+    token = tl.load(order + t, mask=t < T, other=0)
+    # Asked for here, since the sum over the ranks waits for them.
+    listed = tl.load(blocks + tile * NUM_BLOCKS + slot, mask=slot < NUM_BLOCKS, other=0)
+    x_row = x + token.to(tl.int64) * stride_x
+    acc = base_products(x_row, w, block, i_0, i_1, I, BLOCK_T, BLOCK_O, BLOCK_I, STAGES)
+    if wait:
+        wait_until(flags, wanted)
+    h_row = h + (linear * token_tiles * BLOCK_T + t).to(tl.int64) * (NUM_BLOCKS * BLOCK_R)
+    for step in tl.range(rank_0, rank_1, num_stages=STAGES):
+        rank = tl.sum(tl.where(slot == step, listed, 0), 0) * BLOCK_R
+        h_tile = tl.load(h_row[:, None] + (rank + tl.arange(0, BLOCK_R))[None, :], cache_modifier=".cg")
+        acc = dot(h_tile, part.load([rank, block * BLOCK_O]), acc)
+    return acc
+
+
+@triton.jit
+def _shared_tiles(
+    whole, rest, splits, partial, sums, x, weights, b, h, flags, wanted, y, order, counts, blocks, T, stride_x, stride_y, programs,
+    widths: tl.constexpr, COLUMNS: tl.constexpr, I: tl.constexpr, NUM_BLOCKS: tl.constexpr, LISTED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+    MOST_SPLITS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Tiles from `whole` on, by `splits` programs each. sums: of each tile, how many have left theirs in `partial`."""
+    I_STEPS: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     pid, running = tl.program_id(0), tl.num_programs(0)
     token_tiles = (T + BLOCK_T - 1) // BLOCK_T
-    places = token_tiles * COLUMNS
-    for place in range(pid, places, running):
-        tile, columns = tile_at(place, token_tiles, COLUMNS, GROUP)
-        w, part, linear, block, column, width = columns_of(columns, weights, b, widths, BLOCK_O)
-        t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-        token = tl.load(order + t, mask=t < T, other=0)
-        # Asked for here, since the sum over the ranks waits for them.
-        needed, slot = tl.load(counts + tile), tl.arange(0, LISTED)
-        listed = tl.load(blocks + tile * NUM_BLOCKS + slot, mask=slot < NUM_BLOCKS, other=0)
-        x_row = x + token.to(tl.int64) * stride_x
-        acc = base_products(x_row, w, block, I, BLOCK_T, BLOCK_O, BLOCK_I, STAGES)
-        if place == pid:  # once for all of h: all of it is computed at the same time, and to look takes a microsecond
-            wait_until(flags, wanted)
-        h_row = h + (linear * token_tiles * BLOCK_T + t).to(tl.int64) * (NUM_BLOCKS * BLOCK_R)
-        for step in tl.range(0, needed, num_stages=STAGES):
-            rank = tl.sum(tl.where(slot == step, listed, 0), 0) * BLOCK_R
-            h_tile = tl.load(h_row[:, None] + (rank + tl.arange(0, BLOCK_R))[None, :], cache_modifier=".cg")
-            acc = dot(h_tile, part.load([rank, block * BLOCK_O]), acc)
-        o = block * BLOCK_O + tl.arange(0, BLOCK_O)
-        y_at = y + token.to(tl.int64)[:, None] * stride_y + column + o[None, :]
-        tl.store(y_at, acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (o < width)[None, :])
+    o = tl.arange(0, BLOCK_O)
+    for program in range(pid, tl.minimum(rest * splits, programs), running):
+        place, split = whole + program // splits, program % splits
+        tile, _columns = tile_at(place, token_tiles, COLUMNS, GROUP)
+        steps = I_STEPS + tl.load(counts + tile)
+        first, end = split * steps // splits, (split + 1) * steps // splits
+        acc = _sum_of_tile(
+            place, tl.minimum(first, I_STEPS) * BLOCK_I, tl.minimum(end, I_STEPS) * BLOCK_I, tl.maximum(first - I_STEPS, 0),
+            tl.maximum(end - I_STEPS, 0), end > I_STEPS, x, weights, b, h, flags, wanted, order, blocks, T, stride_x,
+            widths, COLUMNS, I, NUM_BLOCKS, LISTED, BLOCK_T, BLOCK_O, BLOCK_I, BLOCK_R, GROUP, STAGES,
+        )  # fmt: skip
+        inside = tl.arange(0, BLOCK_T)[:, None] * BLOCK_O + o[None, :]
+        tl.store(partial + program * (BLOCK_T * BLOCK_O) + inside, acc)
+        arrive(sums + program // splits, 1)
+
+    for program in range(pid, tl.minimum(rest * splits, programs), running):
+        split = program % splits
+        tile, columns = tile_at(whole + program // splits, token_tiles, COLUMNS, GROUP)
+        _w, _part, _linear, block, column, width = columns_of(columns, weights, b, widths, BLOCK_O)
+        wait_until(sums + program // splits, splits)
+        for part in range(split * ROWS, BLOCK_T, splits * ROWS):
+            row = part + tl.arange(0, ROWS)
+            t = tile * BLOCK_T + row
+            token = tl.load(order + t, mask=t < T, other=0)
+            acc = _added(
+                partial + (program - split) * (BLOCK_T * BLOCK_O), row, splits, BLOCK_T, BLOCK_O, ROWS, MOST_SPLITS
+            )
+            y_at = y + token.to(tl.int64)[:, None] * stride_y + column + block * BLOCK_O + o[None, :]
+            tl.store(y_at, acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (block * BLOCK_O + o < width)[None, :])
+
+
+@triton.jit
+def _added(
+    partial, row, splits, BLOCK_T: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, MOST_SPLITS: tl.constexpr
+):
+    """Rows `row` [ROWS] of the sums [BLOCK_T, WIDTH] of `splits` programs, added in their order, all asked for at once."""
+    at = partial + row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    for other in tl.static_range(MOST_SPLITS):
+        acc += tl.load(at + other * (BLOCK_T * WIDTH), mask=other < splits, other=0.0, cache_modifier=".cg")
+    return acc
 
 
 @triton.jit(do_not_specialize=["T", "programs"], do_not_specialize_on_alignment=ROUTING)
@@ -182,6 +248,7 @@ def _mixture_kernel(
     NUM_BLOCKS: tl.constexpr, LISTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, EACH: tl.constexpr, MOST_SPLITS: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr,
+    SHARED: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs), or fewer: each then does the work of several. ROWS: that a program adds at once of those that share a chunk."""
     LINEARS: tl.constexpr = len(widths)
@@ -197,11 +264,14 @@ def _mixture_kernel(
     pid, running = tl.program_id(0), tl.num_programs(0)
     token_tiles = (T + BLOCK_T - 1) // BLOCK_T
     places, chunks = token_tiles * COLUMNS, _all_chunks(counts, token_tiles, LINEARS, UNITS, LANES)
-    rows, sums = token_tiles * BLOCK_T, flags + LINE
+    rest, sharers = _sharers(places, programs, SHARED, MOST_SPLITS)
+    rows, sums = token_tiles * BLOCK_T, flags + LINE + programs
     n = tl.arange(0, BLOCK_N)
 
     for program in range(pid, programs, running):
-        first, count, members, index, splits, start = _share(program, programs, chunks, places, EACH, MOST_SPLITS)
+        first, count, members, index, splits, start = _share(
+            program, programs, chunks, rest, sharers, EACH, MOST_SPLITS
+        )
         for piece in range(index, count * splits, members):
             chunk, split = first + piece // splits, piece % splits
             tile, unit_0 = _find_chunk(chunk, counts, token_tiles, LINEARS, UNITS, LANES)
@@ -232,7 +302,9 @@ def _mixture_kernel(
                 arrive(sums + chunk, 1)
 
     for program in range(pid, programs, running):
-        first, count, members, index, splits, start = _share(program, programs, chunks, places, EACH, MOST_SPLITS)
+        first, count, members, index, splits, start = _share(
+            program, programs, chunks, rest, sharers, EACH, MOST_SPLITS
+        )
         if (splits > 1) & (index < count * splits):
             chunk, split = first + index // splits, index % splits
             tile, unit_0 = _find_chunk(chunk, counts, token_tiles, LINEARS, UNITS, LANES)
@@ -244,12 +316,15 @@ def _mixture_kernel(
                 row = part + tl.arange(0, ROWS)
                 t = tile * BLOCK_T + row
                 token = tl.load(order + t, mask=t < T, other=0)
-                at = partial + (start + index - split) * (BLOCK_T * BLOCK_N) + row[:, None] * BLOCK_N + n[None, :]
-                acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
-                for other in tl.static_range(MOST_SPLITS):
-                    acc += tl.load(
-                        at + other * (BLOCK_T * BLOCK_N), mask=other < splits, other=0.0, cache_modifier=".cg"
-                    )
+                acc = _added(
+                    partial + (start + index - split) * (BLOCK_T * BLOCK_N),
+                    row,
+                    splits,
+                    BLOCK_T,
+                    BLOCK_N,
+                    ROWS,
+                    MOST_SPLITS,
+                )
                 store_units(
                     acc, h, gates, listed, t, t < T, token, unit, linear, rank, unit_0, units, rows,
                     LINEARS, R, E, RANK, NUM_BLOCKS, ROWS, BLOCK_R, BLOCK_N, SAME,
@@ -264,10 +339,24 @@ def _mixture_kernel(
             widths, COLUMNS, I, NUM_BLOCKS, LISTED, BLOCK_T, BLOCK_O, BLOCK_I, GROUP, STAGES, ALIGNED, True,
         )  # fmt: skip
     else:
-        _tiles_one_by_one(
-            x, weights, b, h, flags, wanted, y, order, counts, blocks, T, stride_x, stride_y,
-            widths, COLUMNS, I, NUM_BLOCKS, LISTED, BLOCK_T, BLOCK_O, BLOCK_I, BLOCK_R, GROUP, STAGES,
-        )  # fmt: skip
+        whole = places - tl.where(sharers > 1, rest, 0)
+        for place in range(pid, whole, running):
+            tile, _columns = tile_at(place, token_tiles, COLUMNS, GROUP)
+            # For h once: all of it is computed at the same time, and to look takes a microsecond.
+            acc = _sum_of_tile(
+                place, 0, I, 0, tl.load(counts + tile), place == pid, x, weights, b, h, flags, wanted, order, blocks, T, stride_x,
+                widths, COLUMNS, I, NUM_BLOCKS, LISTED, BLOCK_T, BLOCK_O, BLOCK_I, BLOCK_R, GROUP, STAGES,
+            )  # fmt: skip
+            store_tile(
+                acc, y, place, order, T, stride_y, weights, b, token_tiles, widths, COLUMNS, BLOCK_T, BLOCK_O, GROUP
+            )
+        if SHARED:  # noqa: SIM102 - nested, so that the first is decided by the compiler
+            if sharers > 1:
+                _shared_tiles(
+                    whole, rest, sharers, partial + programs * (BLOCK_T * BLOCK_N), flags + LINE, x, weights, b, h, flags, wanted,
+                    y, order, counts, blocks, T, stride_x, stride_y, programs,
+                    widths, COLUMNS, I, NUM_BLOCKS, LISTED, BLOCK_T, BLOCK_O, BLOCK_I, BLOCK_R, GROUP, MOST_SPLITS, ROWS, STAGES,
+                )  # fmt: skip
 
 
 # --- launcher -------------------------------------------------------------------------------------------------------------
@@ -275,7 +364,7 @@ def _mixture_kernel(
 
 def matmul_mixture(
     x, base_weights, a, b, tiles: Tiles, out, room: Room, *, block_o=None, block_n=None, block_i=None, group=4, num_stages=3,
-    each=None, most_splits=MOST_SPLITS, programs=None, transposed=False, known: dict | None = None,
+    each=None, most_splits=MOST_SPLITS, programs=None, transposed=False, shared=False, known: dict | None = None,
 ):  # fmt: skip
     """out[order[t], column(m) + o] = sum_i base_weights[m][o, i] x[order[t], i] + sum_rank b[m][rank, o] h[m, t, rank], with
 
@@ -291,9 +380,12 @@ def matmul_mixture(
     default by dtype and ranks; each: chunks at most for a program that computes a tile less than others; most_splits: programs that
     share a chunk; programs: by default as many as the device has processors, and no more may be asked for. transposed: each b is [O_m, R],
     its rows a multiple of 16 bytes, and block_r of the routing block_i: features and ranks are then summed in one loop through all tiles.
+    shared, not with transposed: tiles that would leave processors idle are shared by several; room needs its block_o.
     No host sync, no allocation: safe inside a CUDA graph.
     """
     refuse_gradients(x, *base_weights, *a, *b, tiles.gates, room.h)
+    if shared and transposed:
+        raise ValueError("tiles can be shared, or all steps be one loop (transposed), not both")
     exact = x.dtype == torch.float32  # no tensor cores: small tiles
     block_o, block_i = block_o or (64 if exact else 256), block_i or (32 if exact else 64)
     block_n, programs = block_n or ranks_of_a_chunk(x, len(base_weights), tiles), programs or processors(x)
@@ -305,7 +397,7 @@ def matmul_mixture(
         w_tiles, b_tiles = described(base_weights, [block_o, block_i]), described(b, b_tile)
         known[key] = tuple(w.shape[0] for w in base_weights), a, w_tiles, b_tiles
     widths, a, w_tiles, b_tiles = known[key]
-    _check_room(x, len(widths), tiles, room, block_n, programs)
+    _check_room(x, len(widths), tiles, room, block_n, programs, block_o if shared else 0)
     block = {
         "BLOCK_T": tiles.block_t,
         "BLOCK_O": block_o,
@@ -322,8 +414,8 @@ def matmul_mixture(
             RANK=tiles.r, NUM_BLOCKS=tiles.num_blocks, LISTED=next_power_of_2(tiles.num_blocks), GROUP=group,
             # Chunks of a quarter of a tile's outputs, though of a quarter of its products, take nearly half of its time.
             EACH=each or max(1, block_o // (2 * block_n)), MOST_SPLITS=most_splits, ROWS=max(1, min(8, tiles.block_t // 2)),
-            LANES=128, STAGES=num_stages, TRANSPOSED=transposed, ALIGNED=aligned_rows(x.stride(0), x, room.h), **block,
-            num_warps=8, num_stages=num_stages,
+            LANES=128, STAGES=num_stages, TRANSPOSED=transposed, SHARED=shared,
+            ALIGNED=aligned_rows(x.stride(0), x, room.h), **block, num_warps=8, num_stages=num_stages,
         )  # fmt: skip
     return out
 
@@ -338,18 +430,18 @@ def _check(x, base_weights, a, b, tiles, out, h, block_i, transposed):
     check_shrink(x, a, tiles, h)
 
 
-def _check_room(x, linears, tiles, room, block_n, programs):
+def _check_room(x, linears, tiles, room, block_n, programs, shared):
     if block_n < tiles.block_r or block_n & (block_n - 1):
         raise ValueError(
             f"block_n {block_n} must be a power of two, no smaller than the blocks of {tiles.block_r} ranks"
         )
     if x.is_cuda and programs > processors(x):
         raise ValueError(f"{programs} programs for {processors(x)} processors: all have to run at once")
-    wanted = (programs, tiles.block_t, block_n)
-    if room.partial.shape != wanted or room.partial.dtype != torch.float32 or not room.partial.is_contiguous():
+    need = programs * tiles.block_t * (block_n + shared)
+    if room.partial.dtype != torch.float32 or room.partial.shape != (need,) or not room.partial.is_contiguous():
         raise ValueError(
-            f"room.partial is {room.partial.dtype} {list(room.partial.shape)}, needs contiguous fp32 {list(wanted)}"
+            f"room.partial is {room.partial.dtype} {list(room.partial.shape)}, needs contiguous fp32 [{need}]"
         )
-    flags, need = room.flags, num_flags(linears, tiles, block_n)
+    flags, need = room.flags, num_flags(linears, tiles, block_n, programs)
     if flags.dtype != torch.int32 or flags.dim() != 1 or len(flags) < need or not flags.is_contiguous():
         raise ValueError(f"room.flags are {flags.dtype} {list(flags.shape)}, need int32 [{need}] at least, contiguous")
