@@ -258,7 +258,8 @@ def sweep_prefill(sweep, model, tokens):
     base = record.row("cublas", {"tokens": tokens}, times(graph_of(stack.run_cublas).replay, stack.prepare, 8), "ms")
     sweep.rows.append(base)
     print(f"{base['median']:9.4f} ms  cublas", flush=True)
-    for r, kernels in (PREFILL_OF_FEW if tokens <= 512 else PREFILL).items():
+    kinds = PREFILL_OF_64 if tokens <= 64 else PREFILL_OF_FEW if tokens <= 512 else PREFILL
+    for r, kernels in kinds.items():
         batch = Batch(stack, num_experts=8, r=r, top_k=2)
         for name, variants in kernels.items():
             for given in variants:
