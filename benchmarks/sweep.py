@@ -97,6 +97,9 @@ PREFILL_OF_FEW = {
     }
     for r in (64, 16)
 }
+PREFILL_OF_64 = {
+    r: {"crowd": ({},), "mixture": [{**SHARED, "block_t": 64, "num_stages": n} for n in (3, 4)]} for r in (64, 16)
+}
 PRISTINE = tuple(Tile(stagger=n) for n in (0, 1, 5))
 IN_PLACE = (
     *(Tile(num_stages=2, registers=True, stagger=n) for n in (0, 1, 3, 5, 11)),
