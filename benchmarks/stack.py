@@ -4,6 +4,7 @@ Every group's input is made from the output of the group before it, so that no k
 and together far larger than the L2 cache. What a model has between the linears (norms, attention) is left out.
 """
 
+import math
 from functools import cache, cached_property, partial
 from itertools import islice
 
@@ -87,6 +88,11 @@ class Stack:
         """only: the index of the group that is computed, from what its inputs hold; None: all."""
         for block, index, _, x, y in self.steps(only):
             torch.mm(x, self.weights[block][index].T, out=y)
+
+    def poison(self):
+        """What is no number into all outputs: a part that a kernel does not write shows in all that follow."""
+        for _, _, _, _, y in self.steps():
+            y.fill_(math.nan)
 
     def run_backbone(self, pdl=True):
         for block, index, _, x, y in self.steps():
@@ -359,11 +365,12 @@ class Batch(Banks):
         sizes = {name: given[name] for name in ("block_n", "programs") if name in given}
         sizes |= {"shared": 256} if given.get("shared") else {}  # bf16's block_o
         rooms = [Room.make(stack.x, len(g.widths), found, **sizes) for g in stack.groups]
+        most = max((room.partial for room in rooms), key=torch.Tensor.numel)
         counts = [len(room.flags) for room in rooms] * stack.blocks
         flags = torch.zeros(sum(counts), dtype=torch.int32, device=stack.device).split(counts)
 
         def launch(step, block, index, group, x, y):
-            room = rooms[index]._replace(flags=flags[step])
+            room = Room(rooms[index].h, most, flags[step])
             b = (self.transposed if given.get("transposed") else self.b)[block][index]
             matmul_mixture(x, stack.linears(block, index), self.a[block][index], b, found, y, room, **given)
 

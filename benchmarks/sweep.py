@@ -116,12 +116,18 @@ class Sweep:
     def __init__(self):
         self.rows = []
 
-    def time(self, name, case, run, vs=None, prepare=lambda n: None, repeats=20, error=None):
+    def time(self, name, case, run, vs=None, prepare=lambda n: None, repeats=20, error=None, poison=lambda: None):
+        """poison: called when all is captured, so that outputs of an earlier run cannot pass for this one's."""
         try:
-            samples = times(graph_of(run, warmup=1).replay, prepare, repeats)
+            graph = graph_of(run, warmup=1)
+            poison()
+            samples = times(graph.replay, prepare, repeats)
             if error is not None:
                 check(name, error())
-        except Exception as failure:  # a tile too large for the device says so in many ways
+        except (
+            Exception,
+            SystemExit,
+        ) as failure:  # a tile too large for the device says so in many ways; a wrong one ends
             print(f"{name} {case}: {type(failure).__name__}: {str(failure)[:200]}", flush=True)
             return
         self.rows.append(record.row(name, case, samples, "ms", vs=vs))
@@ -267,7 +273,7 @@ def sweep_prefill(sweep, model, tokens):
         for name, variants in kernels.items():
             for given in variants:
                 run, case = partial(batch.run, name, **given), {"tokens": tokens, **given}
-                sweep.time(f"{name}_r{r}", case, run, base, stack.prepare, 8, batch.error)
+                sweep.time(f"{name}_r{r}", case, run, base, stack.prepare, 8, batch.error, stack.poison)
         del batch
         free()
     sweep.time("cublas again", {"tokens": tokens}, stack.run_cublas, base, stack.prepare, 8)
@@ -305,7 +311,9 @@ def sweep_crowd(sweep, model, tokens):
     for r in (16, 64):
         batch = Batch(stack, num_experts=8, r=r, top_k=2)
         for given in CROWD if tokens <= 64 else CROWD_OF_100:
-            sweep.time(f"r{r}", given, partial(batch.run, "crowd", **given), base, stack.prepare, 20, batch.error)
+            sweep.time(
+                f"r{r}", given, partial(batch.run, "crowd", **given), base, stack.prepare, 20, batch.error, stack.poison
+            )
         del batch
         free()
 

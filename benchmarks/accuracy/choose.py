@@ -77,8 +77,8 @@ def best_rates(folder, methods, rates) -> dict:
 
 
 def best_forms(folder, rates) -> list[dict]:
-    """The results of the best forms of `search`, best first, equals by name. One that learns from a teacher costs more than the training that all have
-    alike: it is tried, told and never chosen."""
+    """The results of the best forms of `search`, best first, equals by name. One that learns from a teacher costs more than the training
+    that all have alike: it is tried, told and never chosen."""
     found = [result for result in _all_results(folder, search_runs(folder, rates)) if not result["teacher_rate"]]
     return sorted(found, key=lambda result: (-_accuracy(result), result["built_as"]))[:REFINED]
 

@@ -122,7 +122,7 @@ def _shrink_kernel(
 
     rows = tl.num_programs(2) * BLOCK_T
     store_units(
-        acc, h + split.to(tl.int64) * (MODULES * rows * NUM_BLOCKS * BLOCK_R), gates, blocks + tile * NUM_BLOCKS, t, t < T, token,
+        acc, h + split.to(tl.int64) * MODULES * rows * NUM_BLOCKS * BLOCK_R, gates, blocks + tile * NUM_BLOCKS, t, t < T, token,
         unit, module, rank, first, units, rows, MODULES, R, E, RANK, NUM_BLOCKS, BLOCK_T, BLOCK_R, BLOCK_N,
         BLOCK_R if RANK % BLOCK_R == 0 else 1,
     )  # fmt: skip

@@ -313,12 +313,16 @@ def _crowd_kernel(
             tl.store(partial + pid * (BLOCK_O * BLOCK_T) + inside, acc)
             set_flag(flags + pid)
         else:
+            # Apart from `acc`, whose layout is that of a product: each sum added to that would pass through shared memory on its way,
+            # and the next be asked for only then.
+            sums = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
             for other in range(pid - index + _owner(place * steps, programs, total), pid, TOGETHER):
-                wait_for(flags + tl.minimum(other + tl.arange(0, TOGETHER), pid - 1))
+                # As many lanes as a warp has, so that all of it goes on at the same time.
+                wait_for(flags + tl.minimum(other + tl.arange(0, 32), tl.minimum(other + TOGETHER, pid) - 1))
                 for j in tl.static_range(TOGETHER):
-                    there = (inside >= 0) & (other + j < pid)
                     at = partial + (other + j) * (BLOCK_O * BLOCK_T) + inside
-                    acc += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
+                    sums += tl.load(at, mask=other + j < pid, other=0.0, cache_modifier=".cg")
+            acc += sums
             if shrinking:
                 if R > 0:
                     expert = tl.minimum(o // r, E)

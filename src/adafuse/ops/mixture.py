@@ -20,12 +20,14 @@ between two tiles.
 
 With few tokens the tiles of y are the problem: o of 256 tokens are 32 for 132 processors, gate and up of Llama-2-7B 172, of which the
 last 40 have 132 processors for themselves. Then (`shared`) those that are left when all programs have computed as many whole ones are
-shared, too: each of several programs sums a part of the features and ranks. There nobody has time to spare, and all share h alike.
+shared, too, if there are two programs for each: each sums a part of the features and ranks. There nobody has time to spare, and all share h
+alike.
 
 Those who share a chunk or a tile leave their sums in `partial`, and when all have come each adds a part of the rows, always in the same
-order. A program computes all its sums before it waits for anyone's, and all its parts of h before it waits for h: nobody waits for ever, as
-long as all programs run at once. That is what one program a processor is for: on a device of which something else holds a processor
-for good, it would not end. By the interpreter, which runs one program after another, one does the work of all.
+order. A program computes its sums of chunks, then waits for those of others and adds; it waits for h before the first ranks of a tile of
+y, and for others' sums of tiles when its own are there. So nobody waits for ever, as long as all programs run at once. That is what one
+program a processor is for: one such launch at a time on a device, and nothing beside it that holds a processor until this one ends.
+By the interpreter, which runs one program after another, one does the work of all.
 """
 
 from __future__ import annotations
@@ -95,7 +97,7 @@ def num_flags(linears, tiles, block_n, programs) -> int:
 
 def ranks_of_a_chunk(x, linears, tiles) -> int:
     """The default block_n: the ranks of a tile, by the guess of `batch` that it needs twice the blocks of a token, but no more than
-    a tile of y has outputs. Half of that where few ranks share a gate, since gates take registers."""
+    a tile of y has outputs by default. Half of that where few ranks share a gate, since gates take registers."""
     most = 64 if x.dtype == torch.float32 else 128 if tiles.r % min(tiles.block_r, 16) else 256
     units = min(tiles.num_blocks, 2 * blocks_of_a_token(tiles)) * linears
     return max(min(next_power_of_2(units * tiles.block_r), most), tiles.block_r)
@@ -412,10 +414,11 @@ def matmul_mixture(
             tiles.order, tiles.gates, tiles.counts, tiles.blocks, tiles.tokens, x.stride(0), out.stride(0), programs,
             widths=widths, COLUMNS=sum(cdiv(width, block_o) for width in widths), I=x.shape[1], R=tiles.rank, E=tiles.num_experts,
             RANK=tiles.r, NUM_BLOCKS=tiles.num_blocks, LISTED=next_power_of_2(tiles.num_blocks), GROUP=group,
-            # Chunks of a quarter of a tile's outputs, though of a quarter of its products, take nearly half of its time.
-            EACH=each or max(1, block_o // (2 * block_n)), MOST_SPLITS=most_splits, ROWS=max(1, min(8, tiles.block_t // 2)),
+            # Chunks of a quarter of a tile's outputs, though of a quarter of its products, are taken to need nearly half of its time.
+            EACH=max(1, block_o // (2 * block_n)) if each is None else each, MOST_SPLITS=most_splits,
+            ROWS=max(1, tiles.block_t // MOST_SPLITS),
             LANES=128, STAGES=num_stages, TRANSPOSED=transposed, SHARED=shared,
-            ALIGNED=aligned_rows(x.stride(0), x, room.h), **block, num_warps=8, num_stages=num_stages,
+            ALIGNED=transposed and aligned_rows(x.stride(0), x, room.h), **block, num_warps=8, num_stages=num_stages,
         )  # fmt: skip
     return out
 
@@ -437,10 +440,12 @@ def _check_room(x, linears, tiles, room, block_n, programs, shared):
         )
     if x.is_cuda and programs > processors(x):
         raise ValueError(f"{programs} programs for {processors(x)} processors: all have to run at once")
+    if room.h.shape != tiles.h_shape(linears) or not room.h.is_contiguous():
+        raise ValueError(f"room.h is {list(room.h.shape)}, needs contiguous {list(tiles.h_shape(linears))}")
     need = programs * tiles.block_t * (block_n + shared)
-    if room.partial.dtype != torch.float32 or room.partial.shape != (need,) or not room.partial.is_contiguous():
+    if room.partial.dtype != torch.float32 or room.partial.numel() < need or not room.partial.is_contiguous():
         raise ValueError(
-            f"room.partial is {room.partial.dtype} {list(room.partial.shape)}, needs contiguous fp32 [{need}]"
+            f"room.partial is {room.partial.dtype} {list(room.partial.shape)}, needs contiguous fp32 [{need}] at least"
         )
     flags, need = room.flags, num_flags(linears, tiles, block_n, programs)
     if flags.dtype != torch.int32 or flags.dim() != 1 or len(flags) < need or not flags.is_contiguous():
