@@ -84,7 +84,7 @@ IN_ONE_LOOP = {"transposed": True, "block_r": 64}
 PREFILL = {
     64: {
         "matmul": ({}, IN_ONE_LOOP, {**IN_ONE_LOOP, "group": 8}),
-        "mixture": ({}, {"num_stages": 4}, {"block_n": 128}, {"most_splits": 1}, IN_ONE_LOOP),
+        "mixture": ({}, {"num_stages": 4}, {"shared": True}, {"block_n": 128}, {"most_splits": 1}, IN_ONE_LOOP),
     },
     16: {"matmul": ({}, IN_ONE_LOOP), "mixture": ({}, IN_ONE_LOOP)},
 }
