@@ -1,8 +1,10 @@
 """The kernels' benchmark at toy size, so that it does not rot: each way of running a stack of linears against fp64."""
 
 import sys
+from functools import partial
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import shapes
 import stack
+import sweep
 import token_parts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,6 +104,27 @@ def test_a_batch_in_one_launch_a_group_or_two(form, given):
     batch.run(form, **given)
     assert batch.error() < LIMIT
     assert batch.error() > 0
+
+
+@pytest.mark.parametrize("tokens", [20, 80])
+def test_every_variant_of_a_sweep_computes(tokens, monkeypatch):
+    """Without graphs and times; what one variant leaves is no number to the next."""
+    found = sweep.Sweep()
+    monkeypatch.setattr(sweep, "Stack", partial(stack.Stack, device=DEVICE))
+    monkeypatch.setattr(sweep, "graph_of", lambda run, warmup=2: SimpleNamespace(replay=run))
+    monkeypatch.setattr(sweep, "times", lambda replay, *_: [replay() or 1.0] * 2)
+    sweep.sweep_prefill(found, "toy", tokens)
+    kinds = sweep.PREFILL_OF_64 if tokens <= 64 else sweep.PREFILL_OF_FEW
+    assert len(found.rows) == 2 + sum(len(each) for kernels in kinds.values() for each in kernels.values())
+
+
+def test_a_wrong_variant_of_a_sweep_is_left_out(monkeypatch, capsys):
+    found = sweep.Sweep()
+    monkeypatch.setattr(sweep, "graph_of", lambda run, warmup=2: SimpleNamespace(replay=run))
+    monkeypatch.setattr(sweep, "times", lambda replay, *_: [1.0])
+    found.time("wrong", {}, lambda: None, error=lambda: float("nan"))
+    assert found.rows == []
+    assert "wrong {}: SystemExit" in capsys.readouterr().out
 
 
 def test_a_batch_runs_each_group_in_the_form_that_the_library_takes(monkeypatch):
