@@ -234,9 +234,8 @@ def _rows(loads, key, ids, failed, options):
     case = {**sizes, "domain": "random", **options.case}
     first = parse_model(options.models[0])[0]
     for metric, unit in METRICS.items():
-        if (
-            metric == "errors"
-        ):  # all of them, since a median would hide those of one round; no ratio, for there should be none
+        if metric == "errors":
+            # All of them, since a median would hide those of one round; no ratio, for there should be none.
             yield record.row(f"{options.prefix}{metric}/{name}", case, [float(failed)] * 2, unit)
             continue
         mine, firsts = ([values[metric] for values in loads[each, in_flight]] for each in (name, first))

@@ -362,8 +362,7 @@ class Batch(Banks):
     def _mixture(self, tiles, _, **given):
         """`matmul` with its shrink in the same launch; no form of the library's."""
         stack, found = self.stack, tiles()
-        sizes = {name: given[name] for name in ("block_n", "programs") if name in given}
-        sizes |= {"shared": 256} if given.get("shared") else {}  # bf16's block_o
+        sizes = {name: given[name] for name in ("block_o", "block_n", "programs", "shared") if name in given}
         rooms = [Room.make(stack.x, len(g.widths), found, **sizes) for g in stack.groups]
         most = max((room.partial for room in rooms), key=torch.Tensor.numel)
         counts = [len(room.flags) for room in rooms] * stack.blocks

@@ -124,10 +124,8 @@ class Sweep:
             samples = times(graph.replay, prepare, repeats)
             if error is not None:
                 check(name, error())
-        except (
-            Exception,
-            SystemExit,
-        ) as failure:  # a tile too large for the device says so in many ways; a wrong one ends
+        # A tile too large for the device says so in many ways; one that computes something else ends the program.
+        except (Exception, SystemExit) as failure:
             print(f"{name} {case}: {type(failure).__name__}: {str(failure)[:200]}", flush=True)
             return
         self.rows.append(record.row(name, case, samples, "ms", vs=vs))

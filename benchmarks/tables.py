@@ -332,7 +332,7 @@ def domains(rows):
 def accuracy(rows):
     """A line a method, best first: accuracy over domains and seeds, what it costs, and what the best pre-gate is above it."""
     rows = [row for row in rows if row["name"].startswith("accuracy/")]
-    whole = [row for row in rows if (row["case"]["domain"], row["case"]["seed"]) == ("mean", "all")]
+    whole = list(_of_all_seeds(rows, "mean").values())
     lines = [
         "| method | built as, learning rate | accuracy, % | NLL | parameters, M | active rank | MB a token | to layer-wise | "
         "best pre-gate above it | target |",
@@ -367,13 +367,15 @@ def accuracy(rows):
     ]
 
 
+def _of_all_seeds(rows, domain):
+    """Method -> its row for a domain, or the mean over domains, over all seeds. Trials have no domain."""
+    found = (row for row in rows if (row["case"].get("domain"), row["case"]["seed"]) == (domain, "all"))
+    return {row["name"].removeprefix("accuracy/"): row for row in found}
+
+
 def accuracy_headline(rows):
     """What the study found, in a few sentences: pre-gates beside layer-wise routing and plain LoRA."""
-    found = {
-        row["name"].removeprefix("accuracy/"): row
-        for row in rows
-        if (row["case"].get("domain"), row["case"]["seed"]) == ("mean", "all")
-    }
+    found = _of_all_seeds(rows, "mean")
     best, layerwise = found["pregate_best"], found["layerwise"]
     paper, above = (_interval(found[name]["diff_to_layerwise"]) for name in ("pregate_paper", "pregate_best"))
     active, total = (_interval(found[name]["diff_of_pregate_best"]) for name in ("lora_active", "lora_total"))
@@ -389,16 +391,11 @@ def accuracy_headline(rows):
 
 def accuracy_without(rows):
     """A line a domain: the best pre-gate above layer-wise routing there, and without it."""
-    best = {
-        row["case"]["domain"]: row
-        for row in rows
-        if row["name"] == "accuracy/pregate_best" and row["case"]["seed"] == "all"
-    }
     lines = ["| domain | pregate_best above layerwise | without this domain |", "|---|---|---|"]
-    return lines + [
-        f"| {domain} | {_interval(best[domain]['diff_to_layerwise'])} | {_interval(without)} |"
-        for domain, without in best["mean"]["diff_to_layerwise_without"].items()
-    ]
+    for domain, without in _of_all_seeds(rows, "mean")["pregate_best"]["diff_to_layerwise_without"].items():
+        there = _of_all_seeds(rows, domain)["pregate_best"]["diff_to_layerwise"]
+        lines.append(f"| {domain} | {_interval(there)} | {_interval(without)} |")
+    return lines
 
 
 def accuracy_domains(rows):

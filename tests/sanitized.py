@@ -74,9 +74,9 @@ def a_batch(tokens, features, widths, num_experts, r, top_k, shared, dtype=torch
         if (mixture or {}).get("transposed"):
             b = [part.T.contiguous() for part in b]
             matmul_tiles(x, weights, h, b, tiles, wide, transposed=True)
-        shared = 256 if (mixture or {}).get("shared") else 0  # bf16's block_o
-        mixture_room = MixtureRoom.make(x, len(widths), tiles, shared=shared)
-        matmul_mixture(x, weights, a, b, tiles, wide, mixture_room, **(mixture or {}))
+        given = mixture or {}
+        mixture_room = MixtureRoom.make(x, len(widths), tiles, shared=given.get("shared", False))
+        matmul_mixture(x, weights, a, b, tiles, wide, mixture_room, **given)
 
 
 def a_crowd(tokens, features, widths, num_experts, r, dtype=torch.bfloat16):

@@ -19,6 +19,13 @@ def weights(features, outputs, dtype):
     return tuple((torch.randn(o, features) * features**-0.5).to(DEVICE, dtype) for o in outputs)
 
 
+def assert_outputs(got, outputs, x, w, a, b, routing, size, dtype):
+    """Base and experts of each linear, against the float64 loop."""
+    for part, base, pair in zip(got.split(outputs, dim=1), w, zip(a, b, strict=True), strict=True):
+        exact = x.double().cpu() @ base.double().cpu().T + expected_delta(x, *pair, routing, size)
+        assert_close(part, exact, dtype)
+
+
 def check(kind, size, features, outputs, dtype, transposed=False, **blocks):
     routing = route(kind, *size[:3])
     tiles = make_tiles(routing, size, **blocks)
@@ -28,9 +35,7 @@ def check(kind, size, features, outputs, dtype, transposed=False, **blocks):
     out = torch.full((size[0], sum(outputs)), torch.nan, dtype=dtype, device=DEVICE)
     given = [part.T.contiguous() for part in b] if transposed else b
     matmul_tiles(x, w, h, given, tiles, out, transposed=transposed)
-    for got, base, pair in zip(out.split(outputs, dim=1), w, zip(a, b, strict=True), strict=True):
-        exact = x.double().cpu() @ base.double().cpu().T + expected_delta(x, *pair, routing, size)
-        assert_close(got, exact, dtype)
+    assert_outputs(out, outputs, x, w, a, b, routing, size, dtype)
 
 
 @pytest.mark.parametrize("kind", ROUTINGS)
@@ -56,34 +61,40 @@ def test_in_one_loop(dtype, size, outputs, monkeypatch):
     check("uniform", size, 72, outputs, dtype, transposed=True, block_t=16, block_r=block_r)
 
 
-def test_reference_agrees_with_the_loop():
+def check_reference(reference):
+    """reference(x, w, a, b, tiles, out), against the loop."""
     size, outputs = (63, 8, 2, 16, 3), (72, 24)
     routing = route("zipf", *size[:3])
-    tiles = make_tiles(routing, size)
     x, a, b, _ = make_data(size, 64, outputs, torch.float32)
     w = weights(64, outputs, torch.float32)
     out = torch.empty(63, 96, device=DEVICE)
-    matmul_tiles_ref(x, w, shrink_tiles_ref(x, a, tiles), b, tiles, out)
-    for got, base, pair in zip(out.split(outputs, dim=1), w, zip(a, b, strict=True), strict=True):
-        exact = x.double().cpu() @ base.double().cpu().T + expected_delta(x, *pair, routing, size)
-        assert_close(got, exact, torch.float32)
+    reference(x, w, a, b, make_tiles(routing, size), out)
+    assert_outputs(out, outputs, x, w, a, b, routing, size, torch.float32)
 
 
-def test_rows_of_x_and_out_may_lie_apart():
+def check_rows_that_lie_apart(run):
+    """run(x, w, a, b, tiles, out): reads and writes no other columns."""
     size = (40, 8, 2, 16, 0)
     routing = route("uniform", *size[:3])
-    tiles = make_tiles(routing, size)
     x, a, b, _ = make_data(size, 64, (40,), torch.float32)
-    (w,) = weights(64, (40,), torch.float32)
+    w = weights(64, (40,), torch.float32)
     wide_x = torch.full((40, 80), torch.nan, device=DEVICE)
     wide_x[:, 5:69] = x
     wide = torch.full((40, 100), 7.0, device=DEVICE)
-    x = wide_x[:, 5:69]
-    matmul_tiles(x, (w,), shrink_tiles(x, a, tiles), b, tiles, wide[:, 33:73])
-    exact = x.double().cpu() @ w.double().cpu().T + expected_delta(x, a[0], b[0], routing, size)
-    assert_close(wide[:, 33:73], exact, torch.float32)
+    run(wide_x[:, 5:69], w, a, b, make_tiles(routing, size), wide[:, 33:73])
+    assert_outputs(wide[:, 33:73], (40,), x, w, a, b, routing, size, torch.float32)
     assert wide[:, :33].eq(7).all()
     assert wide[:, 73:].eq(7).all()
+
+
+def test_reference_agrees_with_the_loop():
+    check_reference(lambda x, w, a, b, tiles, out: matmul_tiles_ref(x, w, shrink_tiles_ref(x, a, tiles), b, tiles, out))
+
+
+def test_rows_of_x_and_out_may_lie_apart():
+    check_rows_that_lie_apart(
+        lambda x, w, a, b, tiles, out: matmul_tiles(x, w, shrink_tiles(x, a, tiles), b, tiles, out)
+    )
 
 
 def test_bad_arguments_are_refused():

@@ -10,14 +10,13 @@ from test_batch_op import (
     LIMITS,
     ROUTINGS,
     assert_close,
-    expected_delta,
     make_data,
     make_tiles,
     needed_part,
     poisoned,
     route,
 )
-from test_matmul_op import SIZES, weights
+from test_matmul_op import SIZES, assert_outputs, check_reference, check_rows_that_lie_apart, weights
 
 from adafuse.engine.graph import captured
 from adafuse.ops.batch import shrink_tiles_ref
@@ -37,8 +36,8 @@ def run(x, w, a, b, tiles, block_n=None, programs=None, **given):
     """Output, and what was left in h."""
     if given.get("transposed"):
         b = [part.T.contiguous() for part in b]
-    shared = (given.get("block_o") or (64 if x.dtype == torch.float32 else 256)) if given.get("shared") else 0
-    room = room_of(x, len(w), tiles, block_n=block_n, programs=programs, shared=shared)
+    tiles_of_y = {name: given[name] for name in ("block_o", "shared") if name in given}
+    room = room_of(x, len(w), tiles, block_n=block_n, programs=programs, **tiles_of_y)
     out = torch.full((len(x), sum(map(len, w))), NAN, dtype=x.dtype, device=DEVICE)
     matmul_mixture(x, w, a, b, tiles, out, room, block_n=block_n, programs=programs, **given)
     return out, room.h
@@ -51,9 +50,7 @@ def check(kind, size, features, outputs, dtype, blocks=None, **given):
     w = weights(features, outputs, dtype)
     got, h = run(x, w, a, b, tiles, **given)
     assert_close(needed_part(h, tiles), needed_part(shrink_tiles_ref(x, a, tiles), tiles).double().cpu(), dtype)
-    for part, base, pair in zip(got.split(outputs, dim=1), w, zip(a, b, strict=True), strict=True):
-        exact = x.double().cpu() @ base.double().cpu().T + expected_delta(x, *pair, routing, size)
-        assert_close(part, exact, dtype)
+    assert_outputs(got, outputs, x, w, a, b, routing, size, dtype)
 
 
 @pytest.mark.parametrize("kind", ROUTINGS)
@@ -133,33 +130,13 @@ def test_more_tiles_than_are_counted_at_once():
 
 
 def test_reference_agrees_with_the_loop():
-    size, outputs = (63, 8, 2, 16, 3), (72, 24)
-    routing = route("zipf", *size[:3])
-    tiles = make_tiles(routing, size)
-    x, a, b, _ = make_data(size, 64, outputs, torch.float32)
-    w = weights(64, outputs, torch.float32)
-    out = torch.empty(63, 96, device=DEVICE)
-    matmul_mixture_ref(x, w, a, b, tiles, out)
-    for got, base, pair in zip(out.split(outputs, dim=1), w, zip(a, b, strict=True), strict=True):
-        exact = x.double().cpu() @ base.double().cpu().T + expected_delta(x, *pair, routing, size)
-        assert_close(got, exact, torch.float32)
+    check_reference(matmul_mixture_ref)
 
 
 def test_rows_of_x_and_out_may_lie_apart():
-    size = (40, 8, 2, 16, 0)
-    routing = route("uniform", *size[:3])
-    tiles = make_tiles(routing, size)
-    x, a, b, _ = make_data(size, 64, (40,), torch.float32)
-    (w,) = weights(64, (40,), torch.float32)
-    wide_x = torch.full((40, 80), NAN, device=DEVICE)
-    wide_x[:, 5:69] = x
-    wide = torch.full((40, 100), 7.0, device=DEVICE)
-    x = wide_x[:, 5:69]
-    matmul_mixture(x, (w,), a, b, tiles, wide[:, 33:73], room_of(x, 1, tiles))
-    exact = x.double().cpu() @ w.double().cpu().T + expected_delta(x, a[0], b[0], routing, size)
-    assert_close(wide[:, 33:73], exact, torch.float32)
-    assert wide[:, :33].eq(7).all()
-    assert wide[:, 73:].eq(7).all()
+    check_rows_that_lie_apart(
+        lambda x, w, a, b, tiles, out: matmul_mixture(x, w, a, b, tiles, out, room_of(x, 1, tiles))
+    )
 
 
 def test_bad_arguments_are_refused():
@@ -301,7 +278,7 @@ class TestOnTheGpu:
         cases = [gpu_case(size, features, (features,), torch.bfloat16)[0] for _ in range(depth)]
         tiles = cases[0][-1]
         xs = [cases[0][0].clone(), *(torch.empty_like(cases[0][0]) for _ in range(depth))]
-        room = room_of(xs[0], 1, tiles, shared=256 if shared else 0)
+        room = room_of(xs[0], 1, tiles, shared=shared)
         flags = room.flags.new_zeros(depth, len(room.flags))
 
         def chain():

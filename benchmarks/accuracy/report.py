@@ -44,16 +44,14 @@ def accuracy_rows(results, groups, reference) -> list[dict]:
         for domain in (*groups.names, "mean"):
             found = [_row(name, domain, seed, [result]) for seed, result in sorted(by_seed.items())]
             rows += [*found, _row(name, domain, "all", list(by_seed.values()))]
+            if name == BEST:
+                rows[-1] |= _by_domain(by_seed, methods[reference], groups, domain, reference)
         if name != reference:
             rows[-1][f"diff_to_{reference}"] = _difference(by_seed, methods[reference], groups)
         if FURTHER.get(name) in methods:
             rows[-1][f"diff_to_{FURTHER[name]}"] = _difference(by_seed, methods[FURTHER[name]], groups)
         if name != BEST and BEST in methods:
             rows[-1]["diff_of_pregate_best"] = _difference(methods[BEST], by_seed, groups)
-        if name == BEST:
-            for row in rows:
-                if row["name"] == f"accuracy/{BEST}" and row["case"]["seed"] == "all":
-                    row |= _by_domain(by_seed, methods[reference], groups, row["case"]["domain"], reference)
     return rows
 
 

@@ -198,23 +198,22 @@ def work(options) -> int:
     started = time.monotonic()
     phases = PHASES if options.phase == "all" else (options.phase,)
     runs = runs_of(options, phases[0])
-    read_items(options.items)  # with _base_folder: what a user can get wrong is said here, before workers start
+    items = read_items(options.items)  # with _base_folder: what a user can get wrong is said here, before workers start
     _base_folder(options.base)
     if options.workers == 1:
-        return _work(options, phases, runs, Study(options).do, started)
+        return _work(options, items, phases, runs, Study(options).do, started)
     spawn = multiprocessing.get_context("spawn")
     numbers = spawn.SimpleQueue()
     for number in range(options.workers):
         numbers.put(number)
     with ProcessPoolExecutor(options.workers, spawn, _start_worker, (options, numbers)) as pool:
-        return _work(options, phases, runs, _do_in_worker, started, pool)
+        return _work(options, items, phases, runs, _do_in_worker, started, pool)
 
 
-def _work(options, phases, runs, do, started, pool=None):
+def _work(options, items, phases, runs, do, started, pool=None):
     for phase in phases:
         runs = runs if phase == phases[0] else runs_of(options, phase)
         if phase == "final":
-            items = read_items(options.items)
             write_json(Path(options.runs) / GROUPS, Groups.of(items, items.test).to_json())
         print(f"{phase}: ", end="")
         remaining, failed = work_through(

@@ -83,16 +83,23 @@ def base_products(
 
 
 @triton.jit
+def store_outputs(acc, y, token, in_t, block, column, width, stride_y, BLOCK_O: tl.constexpr):
+    """acc [tokens, BLOCK_O] as block `block` of the `width` columns of y from `column` on, in the rows of those tokens that are `in_t`."""
+    o = block * BLOCK_O + tl.arange(0, BLOCK_O)
+    y_at = y + token.to(tl.int64)[:, None] * stride_y + column + o[None, :]
+    tl.store(y_at, acc.to(y.dtype.element_ty), mask=in_t[:, None] & (o < width)[None, :])
+
+
+@triton.jit
 def store_tile(
     acc, y, place, order, T, stride_y, weights, b, token_tiles, widths: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tile, columns = tile_at(place, token_tiles, COLUMNS, GROUP)
     _w, _part, _linear, block, column, width = columns_of(columns, weights, b, widths, BLOCK_O)
-    t, o = tile * BLOCK_T + tl.arange(0, BLOCK_T), block * BLOCK_O + tl.arange(0, BLOCK_O)
+    t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     token = tl.load(order + t, mask=t < T, other=0)
-    y_at = y + token.to(tl.int64)[:, None] * stride_y + column + o[None, :]
-    tl.store(y_at, acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (o < width)[None, :])
+    store_outputs(acc, y, token, t < T, block, column, width, stride_y, BLOCK_O)
 
 
 @triton.jit
@@ -190,9 +197,7 @@ def _matmul_kernel(
                 rank = tl.sum(tl.where(n == step, listed, 0), 0) * BLOCK_R
                 h_tile = h.load([(linear * token_tiles + tile) * BLOCK_T, rank])
                 acc = dot(h_tile, part.load([rank, block * BLOCK_O]), acc)
-            o = block * BLOCK_O + tl.arange(0, BLOCK_O)
-            y_at = y + token.to(tl.int64)[:, None] * stride_y + column + o[None, :]
-            tl.store(y_at, acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (o < width)[None, :])
+            store_outputs(acc, y, token, t < T, block, column, width, stride_y, BLOCK_O)
 
 
 # --- launcher -------------------------------------------------------------------------------------------------------------
@@ -211,8 +216,8 @@ def matmul_tiles(
     features; all steps of all tiles of a program are one loop then. No host sync, no allocation: safe inside a CUDA graph.
     """
     refuse_gradients(x, h, *base_weights, *b)
-    exact = x.dtype == torch.float32  # no tensor cores: small tiles
-    block_o, block_i = block_o or (64 if exact else 256), 32 if exact else 64
+    outputs, block_i = default_blocks(x.dtype)
+    block_o = block_o or outputs
     known, key = {} if known is None else known, ("matmul", tiles.block_r, block_o, transposed)
     if key not in known:
         base_weights, b = tuple(base_weights), tuple(b)
@@ -237,6 +242,11 @@ def matmul_tiles(
             num_warps=8, num_stages=num_stages,
         )  # fmt: skip
     return out
+
+
+def default_blocks(dtype) -> tuple[int, int]:
+    """Outputs of a tile, and features of a step. fp32 has no tensor cores: small tiles."""
+    return (64, 32) if dtype == torch.float32 else (256, 64)
 
 
 def described(matrices, block) -> tuple:

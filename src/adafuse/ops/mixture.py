@@ -49,16 +49,17 @@ from adafuse.ops.matmul import (
     check_matmul,
     check_transposed,
     columns_of,
+    default_blocks,
     described,
     matmul_tiles_ref,
+    store_outputs,
     store_tile,
     tile_at,
     tiles_in_one_loop,
 )
 
-LINE = tl.constexpr(
-    32
-)  # flags in front of the chunks': the counter that all look at has a line of the cache for itself
+# Flags in front of the others: the counter that all look at has a line of the cache for itself.
+LINE = tl.constexpr(32)
 MOST_SPLITS = 16  # programs that share a chunk: their sums are asked for at once
 FEWEST_STEPS = 4  # over features, of one that shares
 
@@ -74,20 +75,28 @@ def matmul_mixture_ref(x, base_weights, a, b, tiles, out, *, transposed=False):
 
 class Room(NamedTuple):
     """What a launch leaves for itself. h [`tiles.h_shape`], of x's dtype, and partial, fp32, may serve one call after another; flags,
-    int32, are filled with 0 before each call. shared: the block_o of a call that shares tiles, 0 for others."""
+    int32, are filled with 0 before each call."""
 
     h: torch.Tensor
     partial: torch.Tensor
     flags: torch.Tensor
 
     @classmethod
-    def make(cls, x, linears, tiles, *, block_n=None, programs=None, shared=0) -> Room:
+    def make(cls, x, linears, tiles, *, block_o=None, block_n=None, programs=None, shared=False) -> Room:
+        """For calls with these keywords."""
         block_n, programs = block_n or ranks_of_a_chunk(x, linears, tiles), programs or processors(x)
         return cls(
             x.new_empty(tiles.h_shape(linears)),
-            x.new_empty(programs * tiles.block_t * (block_n + shared), dtype=torch.float32),
+            x.new_empty(
+                _sums(tiles, block_o or default_blocks(x.dtype)[0], block_n, programs, shared), dtype=torch.float32
+            ),
             x.new_zeros(num_flags(linears, tiles, block_n, programs), dtype=torch.int32),
         )
+
+
+def _sums(tiles, block_o, block_n, programs, shared) -> int:
+    """Numbers that programs leave for others: of a chunk each, and of a tile of y if those are shared."""
+    return programs * tiles.block_t * (block_n + block_o * shared)
 
 
 def num_flags(linears, tiles, block_n, programs) -> int:
@@ -131,6 +140,18 @@ def _find_chunk(chunk, counts, token_tiles, LINEARS: tl.constexpr, UNITS: tl.con
         first = tl.maximum(first, tl.max(tl.where(ends <= chunk, ends, 0), 0))
         before += tl.sum(chunks, 0)
     return tile, (chunk - first) * UNITS
+
+
+@triton.jit
+def _chunk(
+    chunk, counts, blocks, token_tiles, LINEARS: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Its tile, first unit, the tile's number of units and list of blocks, and `units_from` there."""
+    tile, unit_0 = _find_chunk(chunk, counts, token_tiles, LINEARS, BLOCK_N // BLOCK_R, LANES)
+    units, listed = tl.load(counts + tile) * LINEARS, blocks + tile * NUM_BLOCKS
+    unit, linear, rank = units_from(unit_0, units, listed, LINEARS, BLOCK_R, BLOCK_N)
+    return tile, unit_0, units, listed, unit, linear, rank
 
 
 @triton.jit
@@ -200,7 +221,6 @@ def _shared_tiles(
     I_STEPS: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     pid, running = tl.program_id(0), tl.num_programs(0)
     token_tiles = (T + BLOCK_T - 1) // BLOCK_T
-    o = tl.arange(0, BLOCK_O)
     for program in range(pid, tl.minimum(rest * splits, programs), running):
         place, split = whole + program // splits, program % splits
         tile, _columns = tile_at(place, token_tiles, COLUMNS, GROUP)
@@ -211,7 +231,7 @@ def _shared_tiles(
             tl.maximum(end - I_STEPS, 0), end > I_STEPS, x, weights, b, h, flags, wanted, order, blocks, T, stride_x,
             widths, COLUMNS, I, NUM_BLOCKS, LISTED, BLOCK_T, BLOCK_O, BLOCK_I, BLOCK_R, GROUP, STAGES,
         )  # fmt: skip
-        inside = tl.arange(0, BLOCK_T)[:, None] * BLOCK_O + o[None, :]
+        inside = tl.arange(0, BLOCK_T)[:, None] * BLOCK_O + tl.arange(0, BLOCK_O)[None, :]
         tl.store(partial + program * (BLOCK_T * BLOCK_O) + inside, acc)
         arrive(sums + program // splits, 1)
 
@@ -224,11 +244,9 @@ def _shared_tiles(
             row = part + tl.arange(0, ROWS)
             t = tile * BLOCK_T + row
             token = tl.load(order + t, mask=t < T, other=0)
-            acc = _added(
-                partial + (program - split) * (BLOCK_T * BLOCK_O), row, splits, BLOCK_T, BLOCK_O, ROWS, MOST_SPLITS
-            )
-            y_at = y + token.to(tl.int64)[:, None] * stride_y + column + block * BLOCK_O + o[None, :]
-            tl.store(y_at, acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (block * BLOCK_O + o < width)[None, :])
+            of_first = partial + (program - split) * (BLOCK_T * BLOCK_O)
+            acc = _added(of_first, row, splits, BLOCK_T, BLOCK_O, ROWS, MOST_SPLITS)
+            store_outputs(acc, y, token, t < T, block, column, width, stride_y, BLOCK_O)
 
 
 @triton.jit
@@ -276,9 +294,9 @@ def _mixture_kernel(
         )
         for piece in range(index, count * splits, members):
             chunk, split = first + piece // splits, piece % splits
-            tile, unit_0 = _find_chunk(chunk, counts, token_tiles, LINEARS, UNITS, LANES)
-            units, listed = tl.load(counts + tile) * LINEARS, blocks + tile * NUM_BLOCKS
-            unit, linear, rank = units_from(unit_0, units, listed, LINEARS, BLOCK_R, BLOCK_N)
+            tile, unit_0, units, listed, unit, linear, rank = _chunk(
+                chunk, counts, blocks, token_tiles, LINEARS, NUM_BLOCKS, BLOCK_R, BLOCK_N, LANES
+            )
             a_row = rows_of(a, linear, rank, I, R)
             t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
             token = tl.load(order + t, mask=t < T, other=0)
@@ -309,24 +327,17 @@ def _mixture_kernel(
         )
         if (splits > 1) & (index < count * splits):
             chunk, split = first + index // splits, index % splits
-            tile, unit_0 = _find_chunk(chunk, counts, token_tiles, LINEARS, UNITS, LANES)
-            units, listed = tl.load(counts + tile) * LINEARS, blocks + tile * NUM_BLOCKS
-            unit, linear, rank = units_from(unit_0, units, listed, LINEARS, BLOCK_R, BLOCK_N)
+            tile, unit_0, units, listed, unit, linear, rank = _chunk(
+                chunk, counts, blocks, token_tiles, LINEARS, NUM_BLOCKS, BLOCK_R, BLOCK_N, LANES
+            )
             wait_until(sums + chunk, splits)
             added = 0
             for part in range(split * ROWS, BLOCK_T, splits * ROWS):
                 row = part + tl.arange(0, ROWS)
                 t = tile * BLOCK_T + row
                 token = tl.load(order + t, mask=t < T, other=0)
-                acc = _added(
-                    partial + (start + index - split) * (BLOCK_T * BLOCK_N),
-                    row,
-                    splits,
-                    BLOCK_T,
-                    BLOCK_N,
-                    ROWS,
-                    MOST_SPLITS,
-                )
+                of_first = partial + (start + index - split) * (BLOCK_T * BLOCK_N)
+                acc = _added(of_first, row, splits, BLOCK_T, BLOCK_N, ROWS, MOST_SPLITS)
                 store_units(
                     acc, h, gates, listed, t, t < T, token, unit, linear, rank, unit_0, units, rows,
                     LINEARS, R, E, RANK, NUM_BLOCKS, ROWS, BLOCK_R, BLOCK_N, SAME,
@@ -377,19 +388,19 @@ def matmul_mixture(
     or fp32. out [T, O_1 + ... + O_M], rows may lie apart, written whole. Summed in fp32, in the same order every time for the same number
     of programs; h is rounded to the dtype of x, and left in room.h where a tile needs it.
 
-    room: `Room.make` of the same x, tiles, block_n and programs; its flags filled with 0 before each call. known: what earlier calls with
+    room: `Room.make` of the same x, tiles and keywords; its flags filled with 0 before each call. known: what earlier calls with
     these matrices found out, kept by the caller; of what it knows nothing is checked again. The remaining keywords are block sizes, which
     default by dtype and ranks; each: chunks at most for a program that computes a tile less than others; most_splits: programs that
     share a chunk; programs: by default as many as the device has processors, and no more may be asked for. transposed: each b is [O_m, R],
     its rows a multiple of 16 bytes, and block_r of the routing block_i: features and ranks are then summed in one loop through all tiles.
-    shared, not with transposed: tiles that would leave processors idle are shared by several; room needs its block_o.
+    shared, not with transposed: tiles that would leave processors idle are shared by several.
     No host sync, no allocation: safe inside a CUDA graph.
     """
     refuse_gradients(x, *base_weights, *a, *b, tiles.gates, room.h)
     if shared and transposed:
         raise ValueError("tiles can be shared, or all steps be one loop (transposed), not both")
-    exact = x.dtype == torch.float32  # no tensor cores: small tiles
-    block_o, block_i = block_o or (64 if exact else 256), block_i or (32 if exact else 64)
+    outputs, features = default_blocks(x.dtype)
+    block_o, block_i = block_o or outputs, block_i or features
     block_n, programs = block_n or ranks_of_a_chunk(x, len(base_weights), tiles), programs or processors(x)
     known, key = {} if known is None else known, ("mixture", tiles.block_r, block_o, block_i, transposed)
     if key not in known:
@@ -399,7 +410,7 @@ def matmul_mixture(
         w_tiles, b_tiles = described(base_weights, [block_o, block_i]), described(b, b_tile)
         known[key] = tuple(w.shape[0] for w in base_weights), a, w_tiles, b_tiles
     widths, a, w_tiles, b_tiles = known[key]
-    _check_room(x, len(widths), tiles, room, block_n, programs, block_o if shared else 0)
+    _check_room(x, len(widths), tiles, room, block_o, block_n, programs, shared)
     block = {
         "BLOCK_T": tiles.block_t,
         "BLOCK_O": block_o,
@@ -433,7 +444,7 @@ def _check(x, base_weights, a, b, tiles, out, h, block_i, transposed):
     check_shrink(x, a, tiles, h)
 
 
-def _check_room(x, linears, tiles, room, block_n, programs, shared):
+def _check_room(x, linears, tiles, room, block_o, block_n, programs, shared):
     if block_n < tiles.block_r or block_n & (block_n - 1):
         raise ValueError(
             f"block_n {block_n} must be a power of two, no smaller than the blocks of {tiles.block_r} ranks"
@@ -442,7 +453,7 @@ def _check_room(x, linears, tiles, room, block_n, programs, shared):
         raise ValueError(f"{programs} programs for {processors(x)} processors: all have to run at once")
     if room.h.shape != tiles.h_shape(linears) or not room.h.is_contiguous():
         raise ValueError(f"room.h is {list(room.h.shape)}, needs contiguous {list(tiles.h_shape(linears))}")
-    need = programs * tiles.block_t * (block_n + shared)
+    need = _sums(tiles, block_o, block_n, programs, shared)
     if room.partial.dtype != torch.float32 or room.partial.numel() < need or not room.partial.is_contiguous():
         raise ValueError(
             f"room.partial is {room.partial.dtype} {list(room.partial.shape)}, needs contiguous fp32 [{need}] at least"
