@@ -22,7 +22,6 @@ from adafuse.ops.decode import decode, decode_ref
 from adafuse.ops.gated import add_gated, linear_gated
 from adafuse.ops.layout import dense_gates, lay_out
 from adafuse.ops.matmul import matmul_tiles
-from adafuse.ops.mixture import Room, matmul_mixture
 from adafuse.ops.ranks import EMPTY, copies_of_h
 from adafuse.ops.route import route
 from adafuse.plan import Plan
@@ -353,32 +352,10 @@ class Batch(Banks):
         found = tiles()
 
         def launch(step, block, index, group, x, y):
-            b = (self.transposed if given.get("transposed") else self.b)[block][index]
             h = shrink_tiles(x, self.a[block][index], found)
-            matmul_tiles(x, self.stack.linears(block, index), h, b, found, y, **given)
+            matmul_tiles(x, self.stack.linears(block, index), h, self.b[block][index], found, y, **given)
 
         return launch
-
-    def _mixture(self, tiles, _, **given):
-        """`matmul` with its shrink in the same launch; no form of the library's."""
-        stack, found = self.stack, tiles()
-        sizes = {name: given[name] for name in ("block_o", "block_n", "programs", "shared") if name in given}
-        rooms = [Room.make(stack.x, len(g.widths), found, **sizes) for g in stack.groups]
-        most = max((room.partial for room in rooms), key=torch.Tensor.numel)
-        counts = [len(room.flags) for room in rooms] * stack.blocks
-        flags = torch.zeros(sum(counts), dtype=torch.int32, device=stack.device).split(counts)
-
-        def launch(step, block, index, group, x, y):
-            room = Room(rooms[index].h, most, flags[step])
-            b = (self.transposed if given.get("transposed") else self.b)[block][index]
-            matmul_mixture(x, stack.linears(block, index), self.a[block][index], b, found, y, room, **given)
-
-        return launch
-
-    @cached_property
-    def transposed(self):
-        """Copies of the b, each [O, R]."""
-        return [[[part.T.contiguous() for part in group] for group in row] for row in self.b]
 
     def _dense(self, *_):
         """In plain PyTorch: two matmuls over all ranks, masked between them."""

@@ -2,7 +2,7 @@
 
 adafuse bench sweep --kernel decode --out /tmp/decode.json
 adafuse bench sweep --kernel crowd --tokens 32 --out /tmp/crowd.json
-adafuse bench sweep --kernel prefill --tokens 2048 --out /tmp/prefill.json
+adafuse bench sweep --kernel batch --tokens 2048 --out /tmp/batch.json
 """
 
 import argparse
@@ -77,28 +77,6 @@ BATCH = {
     "tiles": ({}, {"block_t": 64}),
     "gated": ({}, {"in_order": True}, {"in_order": False}),
     "matmul": ({}, {"group": 8}, {"num_stages": 4}, {"block_o": 128}),
-}
-# Prompts, by rank: shrink and matmul, and both in one launch. block_n: ranks that share a tile of x; most_splits=1: nobody shares a chunk
-# of h; each=1: no program takes two; transposed: features and ranks in one loop.
-IN_ONE_LOOP = {"transposed": True, "block_r": 64}
-PREFILL = {
-    64: {
-        "matmul": ({}, IN_ONE_LOOP, {**IN_ONE_LOOP, "group": 8}),
-        "mixture": ({}, {"num_stages": 4}, {"shared": True}, {"block_n": 128}, {"most_splits": 1}, IN_ONE_LOOP),
-    },
-    16: {"matmul": ({}, IN_ONE_LOOP), "mixture": ({}, IN_ONE_LOOP)},
-}
-# Up to 512 tokens: `gated`, which the library takes, and tiles of the mixture that several programs share.
-SHARED = {"shared": True, "block_t": 128, "block_r": 64}
-PREFILL_OF_FEW = {
-    r: {
-        "gated": ({},),
-        "mixture": (SHARED, {**SHARED, "num_stages": 4}, {**SHARED, "most_splits": 8}, {**SHARED, "group": 8}),
-    }
-    for r in (64, 16)
-}
-PREFILL_OF_64 = {
-    r: {"crowd": ({},), "mixture": [{**SHARED, "block_t": 64, "num_stages": n} for n in (3, 4)]} for r in (64, 16)
 }
 PRISTINE = tuple(Tile(stagger=n) for n in (0, 1, 5))
 IN_PLACE = (
@@ -252,29 +230,10 @@ def sweep_batch(sweep, model, tokens):
         batch = Batch(stack, num_experts=8, r=r, top_k=2)
         for name, variants in BATCH.items():
             for given in variants:
-                sweep.time(
-                    f"{name}_r{r}", given, partial(batch.run, name, **given), base, stack.prepare, repeats, batch.error
-                )
+                run = partial(batch.run, name, **given)
+                sweep.time(f"{name}_r{r}", given, run, base, stack.prepare, repeats, batch.error, stack.poison)
         del batch
         free()
-
-
-def sweep_prefill(sweep, model, tokens):
-    """Base and experts of a prompt, one launch a group or two; cuBLAS's base before and after."""
-    stack = Stack(model, tokens=tokens)
-    base = record.row("cublas", {"tokens": tokens}, times(graph_of(stack.run_cublas).replay, stack.prepare, 8), "ms")
-    sweep.rows.append(base)
-    print(f"{base['median']:9.4f} ms  cublas", flush=True)
-    kinds = PREFILL_OF_64 if tokens <= 64 else PREFILL_OF_FEW if tokens <= 512 else PREFILL
-    for r, kernels in kinds.items():
-        batch = Batch(stack, num_experts=8, r=r, top_k=2)
-        for name, variants in kernels.items():
-            for given in variants:
-                run, case = partial(batch.run, name, **given), {"tokens": tokens, **given}
-                sweep.time(f"{name}_r{r}", case, run, base, stack.prepare, 8, batch.error, stack.poison)
-        del batch
-        free()
-    sweep.time("cublas again", {"tokens": tokens}, stack.run_cublas, base, stack.prepare, 8)
 
 
 def sweep_pieces(sweep, model, tokens):
@@ -344,7 +303,6 @@ def main():
         "among": sweep_among,
         "groups": sweep_groups,
         "batch": sweep_batch,
-        "prefill": sweep_prefill,
         "pieces": sweep_pieces,
         "crowd": sweep_crowd,
         "switch": sweep_switch,

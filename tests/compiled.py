@@ -41,10 +41,6 @@ def compile_only(capability):
     def compiled(function, *args, warmup, **options):
         kernel = run(function, *args, warmup=True, **options)
         assert kernel.asm["cubin"], function.__name__
-        if options.get("TRANSPOSED") and capability >= 90:
-            # One loop: a small change to it, and Triton fetches nothing ahead.
-            ptx = " ".join(kernel.asm["ptx"].split())
-            assert "cp.async.wait_group 1;" in ptx, f"{function.__name__} waits for what it has just asked for"
         found.add((function.fn.__module__, function.__name__))
         return kernel
 

@@ -12,8 +12,6 @@ from adafuse.ops.gated import linear_gated
 from adafuse.ops.launch import processors, since_hopper
 from adafuse.ops.layout import lay_out
 from adafuse.ops.matmul import matmul_tiles, readable
-from adafuse.ops.mixture import Room as MixtureRoom
-from adafuse.ops.mixture import matmul_mixture
 from adafuse.ops.norm import add_norm, embed_norm, swiglu
 from adafuse.ops.pick import pick, room
 from adafuse.ops.ranks import EMPTY, copies_of_h
@@ -55,7 +53,7 @@ def a_second_tile():
     a_decode(1, 40, (outputs - 50, 50), 6, 2, 2, 1, tile=Tile(1, 4, resident=1))
 
 
-def a_batch(tokens, features, widths, num_experts, r, top_k, shared, dtype=torch.bfloat16, splits=None, mixture=None):
+def a_batch(tokens, features, widths, num_experts, r, top_k, shared, dtype=torch.bfloat16, splits=None):
     ranks = num_experts * r + shared
     routing = experts_of(tokens, num_experts, top_k), torch.rand(tokens, top_k, device=DEVICE)
     tiles = lay_out(*routing, num_experts=num_experts, r=r, shared_rank=shared)
@@ -71,12 +69,6 @@ def a_batch(tokens, features, widths, num_experts, r, top_k, shared, dtype=torch
             linear_gated(x, torch.cat(weights), a, b, tiles, in_order=in_order)
     if all(readable(each) for each in (*weights, *b)):
         matmul_tiles(x, weights, h, b, tiles, wide)
-        if (mixture or {}).get("transposed"):
-            b = [part.T.contiguous() for part in b]
-            matmul_tiles(x, weights, h, b, tiles, wide, transposed=True)
-        given = mixture or {}
-        mixture_room = MixtureRoom.make(x, len(widths), tiles, shared=given.get("shared", False))
-        matmul_mixture(x, weights, a, b, tiles, wide, mixture_room, **given)
 
 
 def a_crowd(tokens, features, widths, num_experts, r, dtype=torch.bfloat16):
@@ -148,9 +140,6 @@ if __name__ == "__main__":
     a_batch(33, 63, (17, 40), 6, 4, 2, 3, torch.float32)
     a_batch(130, 128, (64,), 8, 16, 2, 0, splits=2)
     a_batch(130, 72, (64, 24, 304), 8, 16, 2, 3)
-    a_batch(130, 264, (136, 24), 8, 16, 2, 0, mixture={"block_i": 16})  # chunks of h that several programs share
-    a_batch(520, 136, (136, 24), 4, 64, 1, 0, mixture={"transposed": True})
-    a_batch(130, 520, (136, 24), 8, 16, 2, 0, mixture={"block_i": 16, "shared": True})
     a_crowd(33, 192, (72, 40), 4, 8)
     a_crowd(100, 192, (72, 40), 4, 8)
     a_crowd(12, 72, (40,), 4, 4, torch.float32)

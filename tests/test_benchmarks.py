@@ -86,36 +86,16 @@ def test_batches_of_stacks(tokens, monkeypatch):
     assert batch.ratio_of_bytes() >= batch.ratio_of_flops() > 1
 
 
-@pytest.mark.parametrize(
-    ("form", "given"),
-    [
-        ("matmul", {}),
-        ("matmul", {"transposed": True, "block_r": 64}),
-        ("mixture", {}),
-        ("mixture", {"most_splits": 1, "num_stages": 4}),
-        ("mixture", {"transposed": True, "block_r": 64}),
-        ("mixture", {"shared": True, "block_t": 128, "block_r": 64}),
-    ],
-    ids=str,
-)
-def test_a_batch_in_one_launch_a_group_or_two(form, given):
-    toy = stack.Stack("toy", tokens=20, device=DEVICE)
-    batch = stack.Batch(toy, num_experts=4, r=4, top_k=2)
-    batch.run(form, **given)
-    assert batch.error() < LIMIT
-    assert batch.error() > 0
-
-
-@pytest.mark.parametrize("tokens", [20, 80])
-def test_every_variant_of_a_sweep_computes(tokens, monkeypatch):
+@pytest.mark.parametrize("kernel", ["crowd", "batch"])
+def test_every_variant_of_a_sweep_computes(kernel, monkeypatch):
     """Without graphs and times; what one variant leaves is no number to the next."""
     found = sweep.Sweep()
     monkeypatch.setattr(sweep, "Stack", partial(stack.Stack, device=DEVICE))
     monkeypatch.setattr(sweep, "graph_of", lambda run, warmup=2: SimpleNamespace(replay=run))
     monkeypatch.setattr(sweep, "times", lambda replay, *_: [replay() or 1.0] * 2)
-    sweep.sweep_prefill(found, "toy", tokens)
-    kinds = sweep.PREFILL_OF_64 if tokens <= 64 else sweep.PREFILL_OF_FEW
-    assert len(found.rows) == 2 + sum(len(each) for kernels in kinds.values() for each in kernels.values())
+    getattr(sweep, f"sweep_{kernel}")(found, "toy", 20)
+    variants = {"crowd": len(sweep.CROWD), "batch": sum(map(len, sweep.BATCH.values()))}
+    assert len(found.rows) == 1 + 2 * variants[kernel]
 
 
 def test_a_wrong_variant_of_a_sweep_is_left_out(monkeypatch, capsys):

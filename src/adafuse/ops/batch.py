@@ -39,55 +39,6 @@ def _load(rows, columns, LIMIT: tl.constexpr, WHOLE: tl.constexpr):
     return tl.load(rows[:, None] + columns[None, :], mask=(columns < LIMIT)[None, :], other=0.0)
 
 
-@triton.jit
-def units_from(first, units, blocks, MODULES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Unit, module and rank of each of BLOCK_N columns: those of a tile's units, one per needed block (`blocks`) and module, from unit
-    `first` on. Past the last: a block that exists."""
-    n = tl.arange(0, BLOCK_N)
-    unit = first + n // BLOCK_R
-    block = tl.load(blocks + unit // MODULES, mask=unit < units, other=0)
-    return unit, unit % MODULES, block * BLOCK_R + n % BLOCK_R
-
-
-@triton.jit
-def rows_of(a, module, rank, I: tl.constexpr, R: tl.constexpr):
-    """Where the rows a[module][rank] begin."""
-    row = tl.minimum(rank, R - 1).to(tl.int64) * I
-    a_row = a[0] + row
-    for m in tl.static_range(1, len(a)):
-        a_row = tl.where(module == m, a[m] + row, a_row)
-    return a_row
-
-
-@triton.jit
-def store_units(
-    acc, h, gates, blocks, t, in_t, token, unit, module, rank, first, units, rows,
-    MODULES: tl.constexpr, R: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SAME: tl.constexpr,
-):  # fmt: skip
-    """h[module, t, rank] = gate * acc [BLOCK_T, BLOCK_N] for the columns of `units_from`; rows: of h, for each module.
-    SAME ranks of a block, from its first on, are of one expert and have one gate."""
-    in_t = in_t[:, None]
-    if SAME > 1:
-        n = tl.arange(0, BLOCK_N // SAME) * SAME
-        one = first + n // BLOCK_R
-        expert = tl.load(blocks + one // MODULES, mask=one < units, other=0) * BLOCK_R
-        if SAME < BLOCK_R:
-            expert += n % BLOCK_R
-        expert //= RANK
-        gate = tl.load(gates + token[:, None] * (E + 1) + tl.minimum(expert, E)[None, :], mask=in_t, other=0.0)
-        gate = tl.broadcast_to(gate[:, :, None], [BLOCK_T, BLOCK_N // SAME, SAME]).reshape(BLOCK_T, BLOCK_N)
-        if R % BLOCK_R != 0:
-            gate = tl.where((rank < R)[None, :], gate, 0.0)
-    else:
-        expert = tl.minimum(rank // RANK, E)
-        gate = tl.load(gates + token[:, None] * (E + 1) + expert[None, :], mask=in_t & (rank < R)[None, :], other=0.0)
-    column = module.to(tl.int64) * rows * (NUM_BLOCKS * BLOCK_R) + rank
-    column = tl.max_contiguous(tl.multiple_of(column, BLOCK_R), BLOCK_R)
-    h_row = h + t.to(tl.int64) * (NUM_BLOCKS * BLOCK_R)
-    tl.store(h_row[:, None] + column[None, :], (acc * gate).to(h.dtype.element_ty), mask=(unit < units)[None, :])
-
-
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=ROUTING)
 def _shrink_kernel(
     x, a, h, order, gates, counts, blocks, T,
@@ -103,11 +54,19 @@ def _shrink_kernel(
     wait_for_inputs(PDL)
     MODULES: tl.constexpr = len(a)
     chunk, split, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, units = chunk * (BLOCK_N // BLOCK_R), tl.load(counts + tile) * MODULES
-    if first >= units:
+    units = tl.load(counts + tile) * MODULES
+    n = tl.arange(0, BLOCK_N)
+    unit = chunk * (BLOCK_N // BLOCK_R) + n // BLOCK_R
+    if chunk * (BLOCK_N // BLOCK_R) >= units:
         return
-    unit, module, rank = units_from(first, units, blocks + tile * NUM_BLOCKS, MODULES, BLOCK_R, BLOCK_N)
-    a_row = rows_of(a, module, rank, I, R)
+    block = tl.load(blocks + tile * NUM_BLOCKS + unit // MODULES, mask=unit < units, other=0)
+    rank = block * BLOCK_R + n % BLOCK_R
+    module = unit % MODULES
+
+    row = tl.minimum(rank, R - 1).to(tl.int64) * I
+    a_row = a[0] + row
+    for m in tl.static_range(1, MODULES):
+        a_row = tl.where(module == m, a[m] + row, a_row)
     t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     token = tl.load(order + t, mask=t < T, other=0)
     x_row = x + token.to(tl.int64) * X_ROW
@@ -120,12 +79,22 @@ def _shrink_kernel(
         a_tile = _load(a_row, i, I, I % (STEPS * SPLITS * BLOCK_I) == 0)
         acc = dot(x_tile, a_tile.T, acc)
 
+    in_t = (t < T)[:, None]
+    if RANK % BLOCK_R == 0:  # a block is of one expert: one weight for all its ranks
+        first = tl.arange(0, BLOCK_N // BLOCK_R) + chunk * (BLOCK_N // BLOCK_R)
+        expert = tl.load(blocks + tile * NUM_BLOCKS + first // MODULES, mask=first < units, other=0) * BLOCK_R // RANK
+        gate = tl.load(gates + token[:, None] * (E + 1) + tl.minimum(expert, E)[None, :], mask=in_t, other=0.0)
+        gate = tl.broadcast_to(gate[:, :, None], [BLOCK_T, BLOCK_N // BLOCK_R, BLOCK_R]).reshape(BLOCK_T, BLOCK_N)
+        if R % BLOCK_R != 0:
+            gate = tl.where((rank < R)[None, :], gate, 0.0)
+    else:
+        expert = tl.minimum(rank // RANK, E)
+        gate = tl.load(gates + token[:, None] * (E + 1) + expert[None, :], mask=in_t & (rank < R)[None, :], other=0.0)
     rows = tl.num_programs(2) * BLOCK_T
-    store_units(
-        acc, h + split.to(tl.int64) * MODULES * rows * NUM_BLOCKS * BLOCK_R, gates, blocks + tile * NUM_BLOCKS, t, t < T, token,
-        unit, module, rank, first, units, rows, MODULES, R, E, RANK, NUM_BLOCKS, BLOCK_T, BLOCK_R, BLOCK_N,
-        BLOCK_R if RANK % BLOCK_R == 0 else 1,
-    )  # fmt: skip
+    column = module.to(tl.int64) * rows * (NUM_BLOCKS * BLOCK_R) + rank
+    column = tl.max_contiguous(tl.multiple_of(column, BLOCK_R), BLOCK_R)
+    h_row = h + (split * MODULES * rows + t).to(tl.int64) * (NUM_BLOCKS * BLOCK_R)
+    tl.store(h_row[:, None] + column[None, :], (acc * gate).to(h.dtype.element_ty), mask=(unit < units)[None, :])
 
 
 @triton.jit(do_not_specialize_on_alignment=ROUTING)
@@ -241,7 +210,7 @@ def shrink_tiles(
     refuse_gradients(x, *a, tiles.gates)
     out = x.new_empty(tiles.h_shape(len(a))) if out is None else out
     if known is None or "shrink" not in known:
-        check_shrink(x, a, tiles, out)
+        _check_shrink(x, a, tiles, out)
         if known is not None:
             known["shrink"] = "checked"
     shape = _shrink_shape(x, tiles)
@@ -316,14 +285,14 @@ def _splits(x, modules, tiles, block_n, block_i):
 
     The host does not know the routing, hence a guess: a tile needs twice the blocks of a token.
     """
-    units = min(tiles.num_blocks, 2 * blocks_of_a_token(tiles)) * modules
+    units = min(tiles.num_blocks, 2 * _blocks_of_a_token(tiles)) * modules
     programs = tiles.num_tiles * cdiv(units * tiles.block_r, block_n)
     steps = cdiv(x.shape[1], block_i)
     splits = min(processors(x) // programs, steps // 4, 16)
     return 1 << max(0, splits.bit_length() - 1)
 
 
-def blocks_of_a_token(tiles):
+def _blocks_of_a_token(tiles):
     return tiles.top_k * cdiv(tiles.r, tiles.block_r) + cdiv(tiles.shared_rank, tiles.block_r)
 
 
@@ -334,7 +303,7 @@ def _expand_shape(h, features, tiles):
     8.6 and 11.2 us.
     """
     most = next_power_of_2(tiles.num_blocks * tiles.block_r)
-    guess = next_power_of_2(2 * blocks_of_a_token(tiles) * tiles.block_r)
+    guess = next_power_of_2(2 * _blocks_of_a_token(tiles) * tiles.block_r)
     held = max(16, most if tiles.num_tiles < 8 else min(guess, most))
     if h.dtype == torch.float32:
         return {"block_o": 32, "strip": 1, "held": min(held, 64), "num_warps": 8, "num_stages": 1}
@@ -374,8 +343,8 @@ def _block_shape(h, features, tiles):
 # --- checks ---------------------------------------------------------------------------------------------------------------
 
 
-def check_shrink(x, a, tiles, out):
-    check_tiles(tiles)
+def _check_shrink(x, a, tiles, out):
+    _check_tiles(tiles)
     if x.dim() != 2 or x.shape[0] != tiles.tokens:
         raise ValueError(f"x is {list(x.shape)}, needs [T, I] with the {tiles.tokens} tokens of the routing")
     for part in a:
@@ -386,7 +355,7 @@ def check_shrink(x, a, tiles, out):
 
 def check_expand(h, b, tiles, y):
     """ValueError for an h, tuple of b or of outputs y that do not fit the routing or one another."""
-    check_tiles(tiles)
+    _check_tiles(tiles)
     refuse_gradients(h, *b, *y)
     if len(b) != len(y):
         raise ValueError(f"{len(b)} tensors b for {len(y)} outputs y")
@@ -398,7 +367,7 @@ def check_expand(h, b, tiles, y):
         _check_rows("y", into)
 
 
-def check_tiles(tiles):
+def _check_tiles(tiles):
     if tiles.order.dim() != 1:
         raise ValueError(f"{list(tiles.order.shape[:-1])} routing decisions were given; choose one: tiles[d]")
 
