@@ -7,8 +7,9 @@
 
 Random weights and a tokenizer of numbers, in `--folder`, where a later run finds them. The servers of a rank run at the same time on the
 same GPUs, each with room for its keys and values, or (`--apart`, for all or some) on GPUs of their own, and are loaded in turn
-(`serve.py`). A LoRA has the rank of all experts of a token; the eight LoRAs are one folder under eight names, and have a copy each on the
-GPU. What comes behind `--` goes to all servers.
+(`serve.py`). `--together` starts those of all ranks at the same time, for which a GPU must have the memory, and the bare ones once. A LoRA
+has the rank of all experts of a token; the eight LoRAs are one folder under eight names, and have a copy each on the GPU. What comes
+behind `--` goes to all servers.
 
 In parts: rows are written after each number in flight, `--append` adds those of another rank, number or prefix to the file, and
 `--minutes` leaves out what would begin later. A server that does not start is left out, with its errors, and the exit code is 1; the
@@ -42,6 +43,7 @@ LORAS = 8
 START = 480  # seconds
 # The last three say where a difference comes from: vLLM's first model runner, which `ours` takes, or the part that follows the batch.
 SERVERS = ("backbone", "ours", "multilora", "backbone_first_runner", "ours_adapted_only", "ours_second_runner")
+BARE = ("backbone", "backbone_first_runner")
 BLOCK = 16  # tokens of a block of keys and values
 # Tokens of a step for which all servers capture graphs: up to 512 those that vLLM takes by itself for 256 requests or more, then further
 # ones. Beyond them the host launches kernel by kernel, which takes longer than computing: the prompts of 8 requests that come at once
@@ -262,27 +264,37 @@ def step_bytes(model, r, ranks=1):
     }
 
 
-def measure(options, folder, r, minutes, append):
-    """Writes the rows of one rank. The labels of the servers that did not start."""
-    wanted, up, started = servers(options, folder, r), {}, time.monotonic()
+def measure(options, folder, ranks, minutes, append):
+    """Writes the rows of these ranks, whose servers run at the same time. The labels of the servers that did not start."""
+    of_rank = {r: servers(options, folder, r) for r in ranks}
+    wanted = {_place(label, r, ranks): server for r, found in of_rank.items() for label, server in found.items()}
+    up, started = {}, time.monotonic()
     with ExitStack() as stack:
-        for (label, server), port in zip(wanted.items(), free_ports(len(wanted)), strict=True):
-            log = (options.logs or folder) / f"{options.prefix.replace('/', '-')}{label}-r{r}.log"
-            up[label] = stack.enter_context(running(server, port, log)), port
+        for (place, server), port in zip(wanted.items(), free_ports(len(wanted)), strict=True):
+            log = (options.logs or folder) / f"{options.prefix.replace('/', '-')}{place}.log"
+            up[place] = stack.enter_context(running(server, port, log)), port
         failed = []
-        for label, (process, port) in up.items():
+        for place, (process, port) in up.items():
             if not starts(process, port, started + START):
-                failed.append(label)
+                failed.append(place)
                 process.terminate()
-        took = time.monotonic() - started
-        print(f"r {r}: servers started in {took:.0f} s" + (f", but not {', '.join(failed)}" if failed else ""))
-        if "backbone" in failed:
+        took, names = time.monotonic() - started, " ".join(map(str, ranks))
+        print(f"r {names}: servers started in {took:.0f} s" + (f", but not {', '.join(failed)}" if failed else ""))
+        if _place("backbone", ranks[0], ranks) in failed:
             raise SystemExit("there is nothing to compare with")
-        found = [(label, server.names, up[label][1]) for label, server in wanted.items() if label not in failed]
-        models = [model for label, names, port in found for model in loads_of(label, names, f"http://127.0.0.1:{port}")]
-        left = [] if minutes is None else ["--minutes", str(minutes - took / 60)]
-        serve.main([*load_arguments(options, folder, r), *left, *["--append"][:append], "--models", *models])
+        for turn, (r, found) in enumerate(of_rank.items()):
+            urls = {label: f"http://127.0.0.1:{up[_place(label, r, ranks)][1]}" for label in found}
+            running_ones = [label for label in found if _place(label, r, ranks) not in failed]
+            models = [model for label in running_ones for model in loads_of(label, found[label].names, urls[label])]
+            left = [] if minutes is None else ["--minutes", str(minutes - (time.monotonic() - started) / 60)]
+            more = ["--append"] * (append or turn > 0)
+            serve.main([*load_arguments(options, folder, r), *left, *more, "--models", *models])
     return failed
+
+
+def _place(label, r, ranks):
+    """The name of a server among those of all ranks: a bare one is started once, for the first."""
+    return f"{label}-r{ranks[0] if label in BARE else r}"
 
 
 def loads_of(label, names, url):
@@ -319,6 +331,7 @@ def parse(arguments=None):
         choices=SERVERS,
         help="these servers, or each, on GPUs of their own; the others share the first",
     )
+    parser.add_argument("--together", action="store_true", help="start the servers of all ranks at the same time")
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=[*SERVERS[:3]], help="beside backbone")
     parser.add_argument("--prefix", default="", help="in front of the rows' names: tp2/")
     parser.add_argument("--folder", type=Path, help="for the models, which stay there; default: a temporary one")
@@ -343,12 +356,13 @@ def main(arguments=None):
         make_models(options.model, options.r, folder, "multilora" in options.servers, options.device)
         if options.device == "cuda":
             torch.cuda.empty_cache()
-        for place, r in enumerate([] if options.models_only else options.r):
+        turns = [options.r] if options.together else [[r] for r in options.r]
+        for turn, ranks in enumerate([] if options.models_only else turns):
             left = None if options.minutes is None else options.minutes - (time.monotonic() - started) / 60
             if left is not None and left <= 0:
-                print(f"r {r} left out: {options.minutes} minutes are over")
+                print(f"r {' '.join(map(str, ranks))} left out: {options.minutes} minutes are over")
                 break
-            failed += measure(options, folder, r, left, append=options.append or place > 0)
+            failed += measure(options, folder, ranks, left, append=options.append or turn > 0)
     if failed:
         raise SystemExit(f"left out: {', '.join(failed)}")
 

@@ -70,6 +70,26 @@ def test_every_server_is_loaded_and_compared_with_the_backbone(bench):
     assert models == {"lora0": requests + 14, **{f"lora{n}": 14 if n < 6 else 12 for n in range(1, 8)}}
 
 
+def test_servers_of_all_ranks_may_run_together(bench):
+    rows, asked = bench("--r", "4", "8", "--in-flight", "1", "--servers", "ours", "multilora", "--together")
+    found = {(row["name"], row["case"]["r"]) for row in rows}
+    assert found == {
+        (f"{metric}/{label}", r)
+        for metric in serve.METRICS
+        for label in ("backbone", "ours", "multilora_1", "multilora_8")
+        for r in (4, 8)
+    }
+    processes = {(body["arguments"][1], body["arguments"][-1]) for body in asked}  # by port
+    assert Counter(label for label, _ in processes) == {"backbone": 1, "ours": 2, "multilora": 2}
+    bench.broken.add("multilora")
+    with pytest.raises(SystemExit, match="left out: multilora-r4, multilora-r8"):
+        bench("--r", "4", "8", "--in-flight", "1", "--servers", "ours", "multilora", "--together")
+    rows = json.loads(bench.out.read_text())["rows"]
+    assert {(row["name"], row["case"]["r"]) for row in rows if "/ours" in row["name"]} == {
+        (f"{metric}/ours", r) for metric in serve.METRICS for r in (4, 8)
+    }
+
+
 def test_rows_become_tables(bench):
     rows, _ = bench("--r", "4", "--in-flight", "1", "8", "--prefix", "tp1/")
     found = {(row["name"], row["case"]["in_flight"]): row for row in rows}
@@ -130,7 +150,7 @@ def test_rows_are_added_by_case_and_time_is_kept(bench, capsys):
 
 def test_a_server_that_does_not_start_is_left_out(bench, capsys):
     bench.broken.add("ours")
-    with pytest.raises(SystemExit, match="left out: ours"):
+    with pytest.raises(SystemExit, match="left out: ours-r4"):
         bench("--r", "4", "--in-flight", "1", "--servers", "ours")
     rows = json.loads(bench.out.read_text())["rows"]
     assert {row["name"] for row in rows} == {f"{metric}/backbone" for metric in serve.METRICS}
