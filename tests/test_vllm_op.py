@@ -10,9 +10,11 @@ from adafuse.config import AdaFuseConfig
 from adafuse.costs import H100, Device
 from adafuse.engine.graph import captured
 from adafuse.integrations.vllm import op, routing
+from adafuse.integrations.vllm.ahead import numbers_of_tokens
 from adafuse.integrations.vllm.fused import linear_by_kernels
 from adafuse.integrations.vllm.op import Group, Shape, add_by_kernels, add_dense, linear_dense
 from adafuse.integrations.vllm.routing import Step
+from adafuse.ops.appended import append
 from adafuse.router import Router
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -279,6 +281,41 @@ def test_forms_of_llama_7b():
     ):
         group = Group(4096, (11008, 11008), torch.bfloat16, shape)
         assert {tokens: group.form(tokens) for tokens in expected} == expected
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="launches are counted by Triton's interpreter")
+@pytest.mark.parametrize(
+    ("r", "widths"), [(16, (1024, 256, 256)), (64, (1024,)), (64, (1024, 1024)), (64, (1023,))], ids=str
+)
+def test_what_steps_of_many_tokens_launch_was_launched_ahead(r, widths, monkeypatch):
+    """Each launch by its kernel and what that is compiled for; nothing is computed."""
+    most, launched = 3000, set()
+
+    def note(launch, *args, **constants):
+        launched.add((launch.fn.__name__, repr(sorted(constants.items()))))
+
+    monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", note)
+    for module in ("batch", "matmul"):
+        monkeypatch.setattr(f"adafuse.ops.{module}.processors", lambda x: 132)
+    settings = {"r": r, "num_experts": 8, "shared_rank": 0}
+    step = make_step(torch.bfloat16, kernels=True, decisions=1, max_tokens=most, widths=widths, **settings)
+    x, weight = (torch.zeros(size, 2048, dtype=torch.bfloat16) for size in (most, sum(widths)))
+    b = [x.new_zeros(8 * r, o) for o in widths]
+    weight, *a = append(weight, [x.new_zeros(8 * r, 2048) for _ in widths])
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, matrix: x.new_empty(len(x), len(matrix)))
+
+    def launches(numbers):
+        launched.clear()
+        for tokens in numbers:
+            linear_by_kernels(x[:tokens], weight, a, b, step.by_decision[0], step.rooms[0], step.shape)
+        return set(launched)
+
+    ahead = numbers_of_tokens(x[:1], b, step.by_decision[0], step.shape, most)
+    assert launches(range(65, most + 1, 47)) <= launches(ahead)
+    fewer = [launches(ahead[:n] + ahead[n + 1 :]) for n in range(len(ahead))]
+    readable = sum(widths) % 8 == 0  # else two kernels change with the tokens, each in its own way
+    assert not readable or all(each < launches(ahead) for each in fewer)  # none for nothing
+    assert numbers_of_tokens(x[:1], b, step.by_decision[0], step.shape, 64) == []
 
 
 def test_the_rates_of_the_device_count():

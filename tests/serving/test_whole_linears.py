@@ -9,7 +9,8 @@ from engines import REQUESTS, compare, engine, texts
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from adafuse.integrations.vllm import linears, models
-from adafuse.integrations.vllm.linears import AddedMethod, WholeMethod, compile_ahead
+from adafuse.integrations.vllm.linears import Adapter, AddedMethod, WholeMethod, compile_ahead
+from adafuse.integrations.vllm.op import Routing
 from adafuse.integrations.vllm.start import digest
 
 
@@ -49,21 +50,28 @@ def _keep(self, layer):
     layer.cpu_linear = torch.nn.functional.linear
 
 
-def test_launches_of_many_tokens_are_made_once_for_each_kind_of_layer():
-    launched = []
+def test_launches_of_many_tokens_are_made_once_for_each_kind_of_layer(monkeypatch):
+    launched, asked = [], []
 
     class Method(WholeMethod):
         def apply(self, layer, x, bias=None):
             launched.append((id(layer), tuple(x.shape)))
 
+    def numbers(x, b, routing, shape, max_tokens):
+        asked.append(([part.shape[1] for part in b], shape.r, max_tokens))
+        return [65, max_tokens]
+
     def layer(out_features, features, b=(8,), method=None):
         parts = {f"b{n}": torch.zeros(4, width) for n, width in enumerate(b)}
-        adapter, weight = SimpleNamespace(b=list(parts)), torch.zeros(out_features, features)
-        return SimpleNamespace(weight=weight, adafuse=adapter, quant_method=method or Method(), **parts)
+        adapter = Adapter([], list(parts), ["routing"] * len(Routing._fields), [], [0], [1, 2, 1, 2, 0])
+        weight, method = torch.zeros(out_features, features), method or Method()
+        return SimpleNamespace(weight=weight, adafuse=adapter, quant_method=method, routing=torch.zeros(1), **parts)
 
+    monkeypatch.setattr("adafuse.integrations.vllm.ahead.numbers_of_tokens", numbers)
     first, second, other = layer(8, 4), layer(8, 4), layer(8, 4, b=(4, 4))
     compile_ahead([first, second, other, layer(8, 6, method=AddedMethod())], 1100)
-    assert launched == [(id(each), (tokens, 4)) for each in (second, other) for tokens in (640, 1024)]
+    assert launched == [(id(each), (tokens, 4)) for each in (second, other) for tokens in (65, 1100)]
+    assert asked == [([8], 2, 1100), ([4, 4], 2, 1100)]
 
 
 def test_ranks_with_different_adapters_are_refused(tmp_path, monkeypatch):

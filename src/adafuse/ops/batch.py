@@ -292,6 +292,14 @@ def _splits(x, modules, tiles, block_n, block_i):
     return 1 << max(0, splits.bit_length() - 1)
 
 
+def compiled_for(x, features, tiles) -> tuple[int, ...]:
+    """What kernels are compiled for, by default, of all that depends on the number of tokens: two numbers of `shrink_tiles` of x [.., I],
+    then those of `expand_tiles` of outputs of these `features`."""
+    shape = _shrink_shape(x, tiles)
+    splits = _splits(x, len(features), tiles, max(shape["block_n"], tiles.block_r), shape["block_i"])
+    return tiles.block_t, splits, *_expand_shape(x, features, tiles).values()
+
+
 def _blocks_of_a_token(tiles):
     return tiles.top_k * cdiv(tiles.r, tiles.block_r) + cdiv(tiles.shared_rank, tiles.block_r)
 

@@ -22,12 +22,9 @@ from vllm.model_executor.layers.linear import (
 )
 
 from adafuse.costs import Device
-from adafuse.integrations.vllm.op import Group, Room
+from adafuse.integrations.vllm.op import Group, Room, Routing, Shape
 from adafuse.integrations.vllm.routing import Step
 from adafuse.ops.appended import append
-
-# Tokens of a step: each kind of launch, and each number of splits of a shrink, for some of them.
-AHEAD = (640, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 
 
 class Piece(NamedTuple):
@@ -167,18 +164,20 @@ def adapt(layer: LinearBase, found: list[Piece], tensors: dict, step: Step, deci
 
 @torch.no_grad()
 def compile_ahead(layers, max_tokens: int):
-    """Launch, on zeros, what steps of many tokens launch, once for each kind of layer: else Triton compiles it while requests wait.
+    """Launch, on zeros, what steps of more than 64 tokens launch, once for each kind of layer: else Triton compiles it while requests
+    wait. layers: adapted, with their room. Left out are those beside a base of another kind, quantised say."""
+    from adafuse.integrations.vllm.ahead import numbers_of_tokens
 
-    layers: adapted, with their room. Steps of up to 512 tokens are compiled when vLLM captures them.
-    """
     kinds = {
         (layer.weight.shape, tuple(b.shape for b in _buffers(layer, layer.adafuse.b))): layer
         for layer in layers
         if isinstance(layer.quant_method, WholeMethod)
     }
     for layer in kinds.values():
-        for tokens in (tokens for tokens in AHEAD if tokens <= max_tokens):
-            layer.quant_method.apply(layer, layer.weight.new_zeros(tokens, layer.weight.shape[1]))
+        adapter, weight = layer.adafuse, layer.weight
+        b, routing = _buffers(layer, adapter.b), Routing(*_buffers(layer, adapter.routing))
+        for tokens in numbers_of_tokens(weight, b, routing, Shape(*adapter.shape), max_tokens):
+            layer.quant_method.apply(layer, weight.new_zeros(tokens, weight.shape[1]))
 
 
 def give_room(layer: LinearBase, room: Room):

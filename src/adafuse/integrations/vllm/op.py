@@ -16,13 +16,16 @@ from typing import NamedTuple
 
 import torch
 
-from adafuse.costs import CROWD_TOKENS, FEW_TOKENS, H100, Device, Layer, fused_form
+from adafuse.costs import CROWD_TOKENS, FEW_TOKENS, H100, MANY_TOKENS, Device, Layer, fused_form
 
 # Up to here `ops.crowd` may read all experts, of the base's weights: with 0.17 it took 0.83 of the time of "tiles" and 0.92 of that of
 # "gated" (32 tokens of Llama-2-7B, r 64, docs/kernels.md).
 CROWD_READS = 0.25
 ALIGNED = 4  # numbers of 4 bytes
 FORMS = ("decode", "crowd", "gated", "tiles", "matmul")  # of `costs.FORMS`
+# Beyond what vLLM captures by itself a launch that is compiled first holds up all requests, and "tiles" is compiled for a dozen numbers of
+# tokens: for 8 experts of r 64 it would save 3 % of some linears' time, by the estimate.
+MANY_FORMS = ("gated", "matmul")
 _library = torch.library.Library("adafuse", "FRAGMENT")
 _library.define(
     "add_delta(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, int[] columns, Tensor[] routing, int[] shape) -> ()"
@@ -112,7 +115,8 @@ class Group(NamedTuple):
         """What computes so many tokens, by its key in `costs.FORMS`; "tiles" also for what the others cannot read, and for a few
         tokens of which `decode` is unfit."""
         layer = Layer(self.features, sum(self.widths), len(self.widths), appended=True)
-        form = fused_form(layer, self.shape, tokens, self.dtype.itemsize, self.device, FORMS)
+        forms = MANY_FORMS if tokens > MANY_TOKENS and self._can_be_described else FORMS
+        form = fused_form(layer, self.shape, tokens, self.dtype.itemsize, self.device, forms)
         # `decode` has one shared scale for all tokens, but some have no adapter.
         unfit = form == "decode" and self.shape.shared_rank
         if form in ("gated", "matmul") and not self._can_be_described:
@@ -202,12 +206,17 @@ def _add_many(y, parts, x, a, b, found, shape):
     from adafuse.ops.matmul import readable
 
     all_adapted = sum(part.shape[1] for part in parts) == y.shape[1] and y.dtype == x.dtype and y.stride(1) == 1
-    layer = Layer(x.shape[1], y.shape[1], len(b), plain=False)
-    form = fused_form(layer, shape, len(x), x.element_size(), Device.of(x.device), ("beside_gated", "beside_tiles"))
+    form = beside_form(x, len(x), y.shape[1], len(b), shape)
     if form == "beside_gated" and all_adapted and len(b) <= MOST_LINEARS and all(map(readable, b)):
         add_gated(y, x, a, b, found)
     else:
         add_delta_tiles(tuple(parts), x, tuple(a), tuple(b), found, pdl=since_hopper(x))
+
+
+def beside_form(x, tokens, outputs, linears, shape) -> str:
+    """What adds the experts of more than a few tokens to a base's own output, by its key in `costs.FORMS`. x [.., I]."""
+    layer = Layer(x.shape[1], outputs, linears, plain=False)
+    return fused_form(layer, shape, tokens, x.element_size(), Device.of(x.device), ("beside_gated", "beside_tiles"))
 
 
 def _add_few(parts, x, a, b, routing, shape):
