@@ -212,7 +212,7 @@ def servers(options, folder, r) -> dict[str, Server]:
     more += ["--lora-modules", *(f"{name}={folder / f'lora{r}'}" for name in loras)]
     plain, alone = [*vllm, "--served-model-name", "plain", *shared], ["--adapted-only", "--load-interval", "0"]
     runner = [{"VLLM_USE_V2_MODEL_RUNNER": each} for each in "01"]
-    # What vLLM keeps of compiled graphs does not go by this setting.
+    # What vLLM 0.24 keeps of compiled graphs does not go by this setting.
     early = {"TORCHINDUCTOR_ENABLE_PDL": "1", "VLLM_CACHE_ROOT": str(folder / "compiled_early")}
     found = {
         "backbone": Server(plain, ["plain"], {}),
@@ -301,6 +301,7 @@ def measure(options, folder, ranks, minutes, append):
             running_ones = [label for label in found if _place(label, r, ranks) not in failed]
             models = [model for label in running_ones for model in loads_of(label, found[label].names, urls[label])]
             left = [] if minutes is None else ["--minutes", str(minutes - (time.monotonic() - started) / 60)]
+            print(f"r {r}:")
             more = ["--append"] * (append or turn > 0)
             serve.main([*load_arguments(options, folder, r), *left, *more, "--models", *models])
     return failed
@@ -356,6 +357,10 @@ def parse(arguments=None):
     parser.add_argument("--out", required=True)
     parser.add_argument("vllm", nargs="*", help="options for all servers, behind --")
     options = parser.parse_args(arguments)
+    if options.together and options.apart is not None:
+        parser.error(
+            "--together puts the servers of all ranks on the same GPUs, --apart on GPUs of their own: choose one"
+        )
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     return options
 

@@ -135,6 +135,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     a_decode(1, 64, (32, 16), 8, 4, 2, 0, **EARLY)
     a_decode(3, 63, (17, 5, 9), 6, 1, 6, 3, torch.float32)
+    a_decode(1, 256, (64,), 8, 16, 2, 0)
     a_decode(1, 256, (64,), 8, 16, 2, 0, hold=True, **EARLY)
     a_decode(3, 264, (17, 8), 20, 2, 2, 1, **EARLY)  # more experts than choices
     a_decode(8, 264, (13,), 6, 2, 2, 1, tile=Tile(2, 4))

@@ -1,6 +1,7 @@
 """The kernels' benchmark at toy size, so that it does not rot: each way of running a stack of linears against fp64."""
 
 import sys
+from collections import Counter
 from functools import partial
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -96,6 +97,21 @@ def test_every_variant_of_a_sweep_computes(kernel, monkeypatch):
     getattr(sweep, f"sweep_{kernel}")(found, "toy", 20)
     variants = {"crowd": len(sweep.CROWD), "batch": sum(map(len, sweep.BATCH.values()))}
     assert len(found.rows) == 1 + 2 * variants[kernel]
+
+
+def test_linears_among_kernels_that_let_them_start_early(monkeypatch):
+    found = sweep.Sweep()
+    monkeypatch.setattr(sweep, "Stack", partial(stack.Stack, device=DEVICE))
+    monkeypatch.setattr(sweep, "best_read_times", lambda flat: [1.0] * 2)
+    monkeypatch.setattr(sweep, "graph_of", lambda run, warmup=2: SimpleNamespace(replay=run))
+    monkeypatch.setattr(sweep, "times", lambda replay, *_: [replay() or 1.0] * 2)
+    monkeypatch.setattr(stack, "_compiled_copy", stack._copy)  # by Inductor it takes a compiler
+    sweep.sweep_among(found, "toy", 2, 1, [4])
+    launches = Counter((row["name"], row["case"].get("early")) for row in found.rows)
+    forms = {
+        (name, early): 3 if early else 1 for name in ("backbone", "decode_r4", "crowd_r4") for early in (False, True)
+    }
+    assert launches == Counter({("read", None): 2, ("cublas", False): 1, ("cublas", True): 1, **forms})
 
 
 def test_a_wrong_variant_of_a_sweep_is_left_out(monkeypatch, capsys):

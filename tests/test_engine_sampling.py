@@ -167,6 +167,22 @@ def test_no_end_before_min_new_tokens():
         assert one.sample(logits).tolist() == wanted
 
 
+def test_candidates_that_rounding_makes_change_places_stay_what_they_are():
+    torch.manual_seed(0)
+    scores = torch.randn(1, 50)
+    scores[0, 30] = scores[0, 20] = scores.max() - 0.1
+    other = scores.clone()
+    scores[0, 30] += 2e-7
+    other[0, 20] += 2e-7
+    assert scores[0, 30] > scores[0, 20]
+    assert other[0, 20] > other[0, 30]
+    top_k, top_p, drawn = torch.tensor([[40]]), torch.tensor([[0.95]]), []
+    for uniform in torch.rand(500, 1, 1):
+        drawn += [(draw(scores, top_k, top_p, uniform).item(), draw(other, top_k, top_p, uniform).item())]
+    assert all(a == b for a, b in drawn)
+    assert {a for a, _ in drawn} >= {20, 30}
+
+
 # --- in the engine ---------------------------------------------------------------------------------------------------
 
 

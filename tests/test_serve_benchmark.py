@@ -239,6 +239,8 @@ def test_servers_may_have_gpus_of_their_own(monkeypatch):
         "ours": "4,5",
         "multilora": "6,7",
     }
+    with pytest.raises(SystemExit):
+        serve_models.parse([*arguments, "--apart", "--together"])
     runner = serve_models.on_gpus_apart(
         {"ours": serve_models.Server([], [], {"VLLM_USE_V2_MODEL_RUNNER": "1"})}, ["ours"], 1, ["3"]
     )

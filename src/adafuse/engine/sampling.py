@@ -155,18 +155,20 @@ def draw(scores, top_k, top_p, uniform) -> torch.Tensor:
     """A token of each row by the inverse of its cumulative distribution, cut to top_k and then to top_p.
 
     scores [B, V]: logits over temperature. top_k [B, 1] int64, top_p [B, 1], uniform [B, 1] in [0, 1) -> [B] int64. Equal scores:
-    the lower id comes first. At least one token is kept.
+    the lower id is kept first. At least one token is kept. The distribution goes by ids, not by scores: two that rounding makes change
+    places would be each other's tokens.
     """
     ordered, ids = scores.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(scores.shape[-1], device=scores.device)
     probabilities = ordered.masked_fill(rank >= top_k, -torch.inf).softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     kept = ((before < top_p) & (rank < top_k)) | (rank == 0)
-    cumulative = probabilities.masked_fill(~kept, 0.0).cumsum(-1)
-    place = (cumulative <= uniform * cumulative[:, -1:]).sum(-1, keepdim=True)
-    # A rounded-up product may lie past the last: the last kept one with a probability.
-    last = ((kept & (probabilities > 0)).sum(-1, keepdim=True) - 1).clamp(min=0)
-    return ids.gather(-1, place.minimum(last))[:, 0]
+    probabilities = torch.zeros_like(scores).scatter(-1, ids, probabilities.masked_fill(~kept, 0.0))
+    cumulative = probabilities.cumsum(-1)
+    place = (cumulative <= uniform * cumulative[:, -1:]).sum(-1)
+    # A rounded-up product may lie past the last: the last with a probability.
+    last = torch.where(probabilities > 0, rank, 0).amax(-1)
+    return place.minimum(last)
 
 
 def logprobs(logits, tokens, top: int):

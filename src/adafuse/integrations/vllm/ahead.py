@@ -6,12 +6,12 @@ that is compiled first holds up all requests for a second or more. Needs Triton;
 
 from __future__ import annotations
 
-from adafuse.costs import CROWD_TOKENS
+from adafuse.costs import CROWD_TOKENS, MANY_TOKENS
 from adafuse.integrations.vllm.op import Group, Routing, Shape, beside_form, tiles
 from adafuse.ops.batch import compiled_for
 from adafuse.ops.gated import takes_in_order
 
-STEP = 16  # tokens: what is launched changes with tiles, of 16 tokens or more, or where the estimate takes another form
+STEP = 16  # tokens, beyond 512: what is launched changes with tiles, of 128 tokens there, or where the estimate takes another form
 
 
 def numbers_of_tokens(x, b, routing: Routing, shape: Shape, max_tokens: int) -> list[int]:
@@ -20,7 +20,8 @@ def numbers_of_tokens(x, b, routing: Routing, shape: Shape, max_tokens: int) -> 
     For a layer that computes base and experts together. x [.., I], b: for each linear [R, O_m], routing: the layer's.
     """
     group, found = Group.of(x, b, shape), {}
-    for tokens in [*range(CROWD_TOKENS + 1, max_tokens, STEP), max_tokens] if max_tokens > CROWD_TOKENS else []:
+    numbers = [*range(CROWD_TOKENS + 1, MANY_TOKENS + 1), *range(MANY_TOKENS + 1, max_tokens, STEP), max_tokens]
+    for tokens in (n for n in numbers if CROWD_TOKENS < n <= max_tokens):
         laid_out = tiles(routing, tokens, shape)
         found.setdefault((group.form(tokens), *_numbers(group, x, laid_out)), tokens)
     return list(found.values())

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.registry import ModelRegistry
 
 from adafuse import checkpoint
+from adafuse.costs import MANY_TOKENS
 from adafuse.fingerprint import tensor_shapes
 from adafuse.integrations.vllm.linears import adapt, compile_ahead, give_room, pieces, place
 from adafuse.integrations.vllm.names import DIGEST, FALLBACK, PREFIX, STEP
@@ -125,7 +126,9 @@ def attach(model, served: Served, vllm_config: VllmConfig) -> Step:
     served.check_unchanged()
     check_same_on_all_ranks(served.adapter, getattr(vllm_config.model_config.hf_config, DIGEST))
     if step.device.type == "cuda":
-        compile_ahead(numbers, vllm_config.scheduler_config.max_num_batched_tokens)
+        compile_ahead(numbers, step.max_tokens)
+        for tokens in (min(MANY_TOKENS, step.max_tokens), step.max_tokens):  # what sorts tokens into tiles, too
+            step.route(step.h0[:tokens], None)
         torch.cuda.empty_cache()  # vLLM measures what is left
     return step
 

@@ -23,9 +23,10 @@ from adafuse.costs import CROWD_TOKENS, FEW_TOKENS, H100, MANY_TOKENS, Device, L
 CROWD_READS = 0.25
 ALIGNED = 4  # numbers of 4 bytes
 FORMS = ("decode", "crowd", "gated", "tiles", "matmul")  # of `costs.FORMS`
-# Beyond what vLLM captures by itself a launch that is compiled first holds up all requests, and "tiles" is compiled for a dozen numbers of
-# tokens: for 8 experts of r 64 it would save 3 % of some linears' time, by the estimate.
-MANY_FORMS = ("gated", "matmul")
+# The same for more tokens than vLLM captures by itself, in 16 bits and with several experts a token: "tiles" is compiled for a dozen
+# numbers of tokens, each a second of the load, and would save 1 to 2 % (2 of 8 experts of r 64, Llama-3.1-8B's linears, by the estimate;
+# of one linear up to 6 %). With one expert a token it would save 4 to 16 %, and in fp32, which `matmul` does not take, more.
+MANY_FORMS = ("decode", "crowd", "gated", "matmul")
 _library = torch.library.Library("adafuse", "FRAGMENT")
 _library.define(
     "add_delta(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, int[] columns, Tensor[] routing, int[] shape) -> ()"
@@ -115,7 +116,8 @@ class Group(NamedTuple):
         """What computes so many tokens, by its key in `costs.FORMS`; "tiles" also for what the others cannot read, and for a few
         tokens of which `decode` is unfit."""
         layer = Layer(self.features, sum(self.widths), len(self.widths), appended=True)
-        forms = MANY_FORMS if tokens > MANY_TOKENS and self._can_be_described else FORMS
+        without_tiles = self.shape.top_k > 1 and self.dtype.itemsize == 2 and self._can_be_described
+        forms = MANY_FORMS if tokens > MANY_TOKENS and without_tiles else FORMS
         form = fused_form(layer, self.shape, tokens, self.dtype.itemsize, self.device, forms)
         # `decode` has one shared scale for all tokens, but some have no adapter.
         unfit = form == "decode" and self.shape.shared_rank
