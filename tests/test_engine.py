@@ -351,6 +351,7 @@ def test_ctrl_c_while_the_engine_is_taken_leaves_it_usable():
     """A signal, right behind the moment in which a generation makes the engine its own."""
     one, ids = engine(bare()), prompt(10)
     wanted = one.generate([ids], max_new_tokens=3)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
 
     class Interrupted:
         def __enter__(self):
@@ -361,8 +362,11 @@ def test_ctrl_c_while_the_engine_is_taken_leaves_it_usable():
             signal.raise_signal(signal.SIGINT)
 
     turn, one._turn = one._turn, Interrupted()
-    with pytest.raises(KeyboardInterrupt) as caught:
-        one.generate([ids], max_new_tokens=3)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            one.generate([ids], max_new_tokens=3)
+    finally:
+        signal.signal(signal.SIGINT, before)
     one._turn = turn
     assert one.generate([ids], max_new_tokens=3) == wanted  # while the traceback still lives
     del caught
