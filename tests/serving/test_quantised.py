@@ -11,7 +11,7 @@ from engines import engine, texts
 from quantised import quantise, round_inputs
 
 CPU = Path("/proc/cpuinfo")
-# On a processor without these instructions (an AMD EPYC) log-probabilities of vLLM's int8 products were off by up to 1.3; why was not found.
+# On a processor without these instructions (an AMD EPYC) log-probabilities of vLLM's int8 products were off by up to 1.3, not looked into.
 EXACT = pytest.mark.skipif(
     not torch.cuda.is_available() and CPU.exists() and "avx512_vnni" not in CPU.read_text(),
     reason="this processor has no VNNI, without which vLLM's quantised products came out inexact",
