@@ -75,9 +75,7 @@ def test_batches_of_stacks(tokens, monkeypatch):
     batch = stack.Batch(toy, num_experts=4, r=4, top_k=2)
     assert set(batch.choices()) <= batch.forms().keys()
     for form, run in (*batch.forms().items(), ("as the library", batch.run)):
-        for outputs in toy.outputs:
-            for y in outputs:
-                y.fill_(float("nan"))
+        toy.poison()
         run()
         assert batch.error() < LIMIT, form
     toy.outputs[0][0].fill_(float("nan"))
@@ -87,24 +85,25 @@ def test_batches_of_stacks(tokens, monkeypatch):
     assert batch.ratio_of_bytes() >= batch.ratio_of_flops() > 1
 
 
-@pytest.mark.parametrize("kernel", ["crowd", "batch"])
-def test_every_variant_of_a_sweep_computes(kernel, monkeypatch):
-    """Without graphs and times; what one variant leaves is no number to the next."""
-    found = sweep.Sweep()
+@pytest.fixture
+def found(monkeypatch):
+    """A sweep without graphs and times."""
     monkeypatch.setattr(sweep, "Stack", partial(stack.Stack, device=DEVICE))
     monkeypatch.setattr(sweep, "graph_of", lambda run, warmup=2: SimpleNamespace(replay=run))
     monkeypatch.setattr(sweep, "times", lambda replay, *_: [replay() or 1.0] * 2)
+    return sweep.Sweep()
+
+
+@pytest.mark.parametrize("kernel", ["crowd", "batch"])
+def test_every_variant_of_a_sweep_computes(kernel, found):
+    """What one variant leaves is no number to the next."""
     getattr(sweep, f"sweep_{kernel}")(found, "toy", 20)
     variants = {"crowd": len(sweep.CROWD), "batch": sum(map(len, sweep.BATCH.values()))}
     assert len(found.rows) == 1 + 2 * variants[kernel]
 
 
-def test_linears_among_kernels_that_let_them_start_early(monkeypatch):
-    found = sweep.Sweep()
-    monkeypatch.setattr(sweep, "Stack", partial(stack.Stack, device=DEVICE))
+def test_linears_among_kernels_that_let_them_start_early(found, monkeypatch):
     monkeypatch.setattr(sweep, "best_read_times", lambda flat: [1.0] * 2)
-    monkeypatch.setattr(sweep, "graph_of", lambda run, warmup=2: SimpleNamespace(replay=run))
-    monkeypatch.setattr(sweep, "times", lambda replay, *_: [replay() or 1.0] * 2)
     monkeypatch.setattr(stack, "_compiled_copy", stack._copy)  # by Inductor it takes a compiler
     sweep.sweep_among(found, "toy", 2, 1, [4])
     launches = Counter((row["name"], row["case"].get("early")) for row in found.rows)
@@ -114,10 +113,7 @@ def test_linears_among_kernels_that_let_them_start_early(monkeypatch):
     assert launches == Counter({("read", None): 2, ("cublas", False): 1, ("cublas", True): 1, **forms})
 
 
-def test_a_wrong_variant_of_a_sweep_is_left_out(monkeypatch, capsys):
-    found = sweep.Sweep()
-    monkeypatch.setattr(sweep, "graph_of", lambda run, warmup=2: SimpleNamespace(replay=run))
-    monkeypatch.setattr(sweep, "times", lambda replay, *_: [1.0])
+def test_a_wrong_variant_of_a_sweep_is_left_out(found, capsys):
     found.time("wrong", {}, lambda: None, error=lambda: float("nan"))
     assert found.rows == []
     assert "wrong {}: SystemExit" in capsys.readouterr().out

@@ -99,7 +99,7 @@ def test_bad_arguments_are_refused():
         matmul_tiles(x[:, :30], (w[0][:, :30].contiguous(),), h, b, tiles, out)
     with pytest.raises(ValueError, match="they must agree"):
         matmul_tiles(x, w, h, b, tiles, out.half())
-    with pytest.raises(ValueError, match=r"out is \[40, 12\], needs \[40, 16\]"):
+    with pytest.raises(ValueError, match=r"out is \[40, 12\] with strides \(16, 1\), needs \[40, 16\]"):
         matmul_tiles(x, w, h, b, tiles, out[:, :12])
     with pytest.raises(ValueError, match="2 tensors b for 1 outputs"):
         matmul_tiles(x, w, h, b + b, tiles, out)

@@ -171,8 +171,11 @@ def _check(x, base_weights, h, b, tiles, out):
                 "of 16 bytes"
             )
     widths = [w.shape[0] for w in base_weights]
+    width = sum(widths)
     if h.dtype != x.dtype or out.dtype != x.dtype:
         raise ValueError(f"x is {x.dtype}, h {h.dtype} and out {out.dtype}: they must agree")
-    if out.dim() != 2 or out.shape[1] != sum(widths):
-        raise ValueError(f"out is {list(out.shape)}, needs [{tiles.tokens}, {sum(widths)}]")
+    if out.shape != (tiles.tokens, width) or out.stride(1) != 1:
+        raise ValueError(
+            f"out is {list(out.shape)} with strides {out.stride()}, needs [{tiles.tokens}, {width}] with contiguous rows"
+        )
     check_expand(h, b, tiles, out.split(widths, dim=1))

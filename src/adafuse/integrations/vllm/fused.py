@@ -84,7 +84,7 @@ class Matrices:
 def _decode(x, weight, a, b, group, chosen, h):
     h = view(h, copies_of_h(chosen.active), x.shape[0], len(a), chosen.active)
     weights, banks = weight.split(group.widths), {"banks_a": tuple(a), "banks_b": tuple(b), "chosen": chosen, "h": h}
-    return decode(x, weights, _output(x, weight), **banks, **_early(x))
+    return decode(x, weights, _output(x, weight), **banks, **_early(x.device))
 
 
 def _crowd(x, weight, a, b, group, gates, flags):
@@ -96,13 +96,14 @@ def _crowd(x, weight, a, b, group, gates, flags):
         "flags": flags[: cut.num_flags(tokens, modules, shape.ranks)],
     }
     banks = {"banks_a": a, "banks_b": b, "gates": gates, "r": shape.r}
-    return crowd(x, weight.split(group.widths), _output(x, weight), **banks, **scratch, cut=cut, **_early(x))
+    return crowd(x, weight.split(group.widths), _output(x, weight), **banks, **scratch, cut=cut, **_early(x.device))
 
 
-def _early(x):
+@cache
+def _early(device):
     """Launches of few tokens start early where the kernels around them let others do so: Inductor's, with TORCHINDUCTOR_ENABLE_PDL=1. They
     hold others back until they have waited, for Inductor reads without a wait what was written before the kernel ahead."""
-    early = getattr(torch._inductor.config.triton, "enable_pdl", False) and since_hopper(x)
+    early = getattr(torch._inductor.config.triton, "enable_pdl", False) and since_hopper(torch.empty(0, device=device))
     return {"pdl": True, "hold": True} if early else {}
 
 
