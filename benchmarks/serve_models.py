@@ -41,19 +41,9 @@ from whole_models import EXPERTS, TINY, TOP_K, adapted, base_model
 SHAPES["tiny"] = {**TINY, "hidden_size": 128}  # heads of 32, the least that vLLM has on a CPU
 LORAS = 8
 START = 480  # seconds
-# The next three say where a difference comes from: vLLM's first model runner, which `ours` takes, or the part that follows the batch.
-# The `early` ones launch Inductor's kernels, and ours, before the one ahead has ended.
-SERVERS = (
-    "backbone",
-    "ours",
-    "multilora",
-    "backbone_first_runner",
-    "ours_adapted_only",
-    "ours_second_runner",
-    "backbone_early",
-    "ours_early",
-)
-BARE = ("backbone", "backbone_first_runner", "backbone_early")
+# The last three say where a difference comes from: vLLM's first model runner, which `ours` takes, or the part that follows the batch.
+SERVERS = ("backbone", "ours", "multilora", "backbone_first_runner", "ours_adapted_only", "ours_second_runner")
+BARE = ("backbone", "backbone_first_runner")
 BLOCK = 16  # tokens of a block of keys and values
 # Tokens of a step for which all servers capture graphs: up to 512 those that vLLM takes by itself for 256 requests or more, then further
 # ones. Beyond them the host launches kernel by kernel, which takes longer than computing: the prompts of 8 requests that come at once
@@ -212,8 +202,6 @@ def servers(options, folder, r) -> dict[str, Server]:
     more += ["--lora-modules", *(f"{name}={folder / f'lora{r}'}" for name in loras)]
     plain, alone = [*vllm, "--served-model-name", "plain", *shared], ["--adapted-only", "--load-interval", "0"]
     runner = [{"VLLM_USE_V2_MODEL_RUNNER": each} for each in "01"]
-    # What vLLM 0.24 keeps of compiled graphs does not go by this setting.
-    early = {"TORCHINDUCTOR_ENABLE_PDL": "1", "VLLM_CACHE_ROOT": str(folder / "compiled_early")}
     found = {
         "backbone": Server(plain, ["plain"], {}),
         "ours": Server([*ours, *shared], ["tuned"], {}),
@@ -221,8 +209,6 @@ def servers(options, folder, r) -> dict[str, Server]:
         "backbone_first_runner": Server(plain, ["plain"], runner[0]),
         "ours_adapted_only": Server([*ours, *alone, *shared], ["tuned"], runner[0]),
         "ours_second_runner": Server([*ours, *shared], ["tuned"], runner[1]),
-        "backbone_early": Server(plain, ["plain"], early),
-        "ours_early": Server([*ours, *shared], ["tuned"], early),
     }
     wanted = {label: found[label] for label in SERVERS if label in ("backbone", *options.servers)}
     if options.apart is None:

@@ -52,13 +52,12 @@ def alone(rows):
 
 
 def _cases(rows):
-    """[(model, GPUs, r and number in flight as cells, rows of that case by name without prefix)] in the order of the file."""
+    """[(model, GPUs, r and number in flight as cells, rows of that case by name without prefix)], in this order."""
     found = {}
     for row in rows:
-        case = row["case"]
-        place = " | ".join(str(case[key]) for key in ("model", "tensor_parallel", "r", "in_flight"))
-        found.setdefault(place, {})["/".join(row["name"].split("/")[-2:])] = row
-    return found.items()
+        case = tuple(row["case"][key] for key in ("model", "tensor_parallel", "r", "in_flight"))
+        found.setdefault(case, {})["/".join(row["name"].split("/")[-2:])] = row
+    return [(" | ".join(map(str, case)), found[case]) for case in sorted(found)]
 
 
 def _load(rows):

@@ -9,7 +9,6 @@ from functools import cache, cached_property, partial
 from itertools import islice
 
 import torch
-import torch._inductor.config
 from shapes import SHAPES, groups
 
 from adafuse import AdaFuseConfig, fused
@@ -36,12 +35,11 @@ class Stack:
     """Weights and activations of the base. `weights[block][group]` [sum of widths, features], bf16.
 
     ranks: of one of so many tensor-parallel ranks. among: an ordinary kernel ahead of each group, as in an engine whose norms and attention
-    know nothing of early launch; "early": one of Inductor's that does.
+    know nothing of early launch.
     """
 
     def __init__(self, model, tokens=1, device="cuda", *, ranks=1, among=False):
-        self.model, self.groups, self.device = model, groups(model, ranks), device
-        self.ranks, self.among = ranks, among
+        self.model, self.groups, self.device, self.among = model, groups(model, ranks), device, among
         self.blocks = SHAPES[model]["num_hidden_layers"]
         self.hidden = SHAPES[model]["hidden_size"]
         options = {"device": device, "dtype": torch.bfloat16}
@@ -79,15 +77,8 @@ class Stack:
             for index, group in enumerate(self.groups):
                 y, x = self.outputs[block][index], x[:, : group.features]
                 if only in (None, index):
-                    yield block, index, group, self._copied(x) if self.among else x, y
+                    yield block, index, group, x * 1.0 if self.among else x, y
                 x = y
-
-    def _copied(self, x):
-        """By one kernel."""
-        if self.among != "early":
-            return _copy(x)
-        with torch._inductor.config.patch("triton.enable_pdl", True):
-            return _compiled_copy(x)
 
     def linears(self, block, index):
         return self.weights[block][index].split(self.groups[index].widths)
@@ -102,9 +93,9 @@ class Stack:
         for _, _, _, _, y in self.steps():
             y.fill_(math.nan)
 
-    def run_backbone(self, pdl=True, hold=False):
+    def run_backbone(self, pdl=True):
         for block, index, _, x, y in self.steps():
-            decode(x, self.linears(block, index), y, pdl=pdl, hold=hold)
+            decode(x, self.linears(block, index), y, pdl=pdl)
 
     def error(self, every=1):
         """Largest relative RMS error of every so manyth group's output as the base alone, against float64 on the inputs that it had."""
@@ -112,13 +103,6 @@ class Stack:
             relative_error(y, decode_ref(x.double(), [w.double() for w in self.linears(block, index)]))
             for block, index, _, x, y in islice(self.steps(), 0, None, every)
         )
-
-
-def _copy(x):
-    return x * 1.0
-
-
-_compiled_copy = torch.compile(_copy, dynamic=False)
 
 
 def relative_error(got, exact):
@@ -217,7 +201,7 @@ class Adapters(Banks):
         """Bytes of the chosen experts, which one token must read beside the weights. (The router's, far fewer, are not counted.)"""
         return self.bytes_of(self.top_k)
 
-    def run(self, pdl=True, hold=False):
+    def run(self, pdl=True):
         """A step as the engine launches it: routing, plan and all linears, those of an input in one launch."""
         stack = self.stack
         self.all_h.fill_(EMPTY.value)
@@ -234,7 +218,7 @@ class Adapters(Banks):
         first = True
         for h, (block, index, _, x, y) in zip(self.h, stack.steps(), strict=True):
             banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "chosen": self.chosen(block)}
-            decode(x, stack.linears(block, index), y, **banks, h=h, after_plan=first, pdl=pdl, hold=hold)
+            decode(x, stack.linears(block, index), y, **banks, h=h, after_plan=first, pdl=pdl)
             first = False
 
     def run_beside(self):
@@ -385,7 +369,7 @@ class Batch(Banks):
 
         return launch
 
-    def _decode(self, *_, pdl=True, hold=False):
+    def _decode(self, *_, pdl=True):
         stack, active, tokens = self.stack, self.top_k * self.r, len(self.experts)
         chosen = Chosen(self.experts, self.weights, self.num_experts, self.r, 0, shared_scale=1.0)
         shapes = [(copies_of_h(active), tokens, len(g.widths), active) for g in stack.groups] * stack.blocks
@@ -395,14 +379,14 @@ class Batch(Banks):
         def launch(step, block, index, group, x, y):
             banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "chosen": chosen}
             h = room[step].view(shapes[step])
-            decode(x, stack.linears(block, index), y, **banks, h=h, pdl=pdl, hold=hold, after_plan=step == 0)
+            decode(x, stack.linears(block, index), y, **banks, h=h, pdl=pdl, after_plan=step == 0)
 
         return launch
 
     def _crowd(self, _, gates, bare=False, **given):
         """bare: the base alone."""
         stack, tokens, ranks = self.stack, len(self.experts), 0 if bare else len(self.a[0][0][0])
-        pdl, hold = given.pop("pdl", tokens <= FEW_TOKENS), given.pop("hold", False)
+        pdl = given.pop("pdl", tokens <= FEW_TOKENS)
         cuts = [cut_for(tokens, g.features, g.widths, ranks, **given) for g in stack.groups]
         counts = [cut.num_flags(tokens, len(g.widths), ranks) for cut, g in zip(cuts, stack.groups, strict=True)]
         flags = torch.zeros(sum(counts) * stack.blocks, dtype=torch.int32, device=stack.device).split(
@@ -418,7 +402,7 @@ class Batch(Banks):
         def launch(step, block, index, group, x, y):
             scratch = {"h": hs[index], "partial": partials[index], "flags": flags[step], "cut": cuts[index]}
             banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "gates": found, "r": self.r}
-            crowd(x, stack.linears(block, index), y, **({} if bare else banks), **scratch, pdl=pdl, hold=hold)
+            crowd(x, stack.linears(block, index), y, **({} if bare else banks), **scratch, pdl=pdl)
 
         return launch
 

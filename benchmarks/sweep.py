@@ -173,25 +173,16 @@ def sweep_mixed(sweep, model, tokens):
 
 
 def sweep_among(sweep, model, tokens, ranks, rs):
-    """A few tokens among ordinary kernels, as in vLLM, and among such of Inductor's that let others start early."""
-    for among in (True, "early"):
-        _sweep_among(sweep, Stack(model, tokens=tokens, ranks=ranks, among=among), tokens, rs)
-        free()
-
-
-def _sweep_among(sweep, stack, tokens, rs):
+    """A few tokens among ordinary kernels, as in vLLM."""
+    stack = Stack(model, tokens=tokens, ranks=ranks, among=True)
     bound = record.row("read", {}, best_read_times(stack.flat), "ms")
     sweep.rows.append(bound)
-    case = {"tokens": tokens, "ranks": stack.ranks, "early": stack.among == "early"}
-    launches = ({"pdl": False}, {"pdl": True, "hold": True}, {"pdl": True})[: 3 if case["early"] else 1]
+    case = {"tokens": tokens, "ranks": ranks}
 
     def each(name, run, error):
-        for launch in launches:
-            for changes in AMONG[: 2 if tokens == 1 else 1]:
-                with tiles("default", changes):
-                    sweep.time(
-                        name, {**case, **launch, **changes}, partial(run, **launch), bound, stack.prepare, error=error
-                    )
+        for changes in AMONG[: 2 if tokens == 1 else 1]:
+            with tiles("default", changes):
+                sweep.time(name, {**case, **changes}, partial(run, pdl=False), bound, stack.prepare, error=error)
 
     sweep.time("cublas", case, stack.run_cublas, bound, stack.prepare)
     each("backbone", stack.run_backbone, partial(stack.error, SOME))

@@ -83,8 +83,6 @@ def a_crowd(tokens, features, widths, num_experts, r, dtype=torch.bfloat16):
     x, base = normal(tokens, features, dtype=dtype), [normal(o, features, dtype=dtype) for o in widths]
     out = normal(tokens, sum(widths), dtype=dtype)
     crowd(x, base, out, banks_a=banks_a, banks_b=banks_b, gates=gates, r=r, **scratch, **EARLY)
-    flags.zero_()
-    crowd(x, base, out, banks_a=banks_a, banks_b=banks_b, gates=gates, r=r, **scratch, **EARLY, hold=True)
 
 
 def a_switch(shapes, dtype=torch.bfloat16):
@@ -136,7 +134,6 @@ if __name__ == "__main__":
     a_decode(1, 64, (32, 16), 8, 4, 2, 0, **EARLY)
     a_decode(3, 63, (17, 5, 9), 6, 1, 6, 3, torch.float32)
     a_decode(1, 256, (64,), 8, 16, 2, 0)
-    a_decode(1, 256, (64,), 8, 16, 2, 0, hold=True, **EARLY)
     a_decode(3, 264, (17, 8), 20, 2, 2, 1, **EARLY)  # more experts than choices
     a_decode(8, 264, (13,), 6, 2, 2, 1, tile=Tile(2, 4))
     a_second_tile()

@@ -1,7 +1,6 @@
 """The kernels' benchmark at toy size, so that it does not rot: each way of running a stack of linears against fp64."""
 
 import sys
-from collections import Counter
 from functools import partial
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -102,15 +101,10 @@ def test_every_variant_of_a_sweep_computes(kernel, found):
     assert len(found.rows) == 1 + 2 * variants[kernel]
 
 
-def test_linears_among_kernels_that_let_them_start_early(found, monkeypatch):
+def test_linears_among_ordinary_kernels(found, monkeypatch):
     monkeypatch.setattr(sweep, "best_read_times", lambda flat: [1.0] * 2)
-    monkeypatch.setattr(stack, "_compiled_copy", stack._copy)  # by Inductor it takes a compiler
     sweep.sweep_among(found, "toy", 2, 1, [4])
-    launches = Counter((row["name"], row["case"].get("early")) for row in found.rows)
-    forms = {
-        (name, early): 3 if early else 1 for name in ("backbone", "decode_r4", "crowd_r4") for early in (False, True)
-    }
-    assert launches == Counter({("read", None): 2, ("cublas", False): 1, ("cublas", True): 1, **forms})
+    assert [row["name"] for row in found.rows] == ["read", "cublas", "backbone", "decode_r4", "crowd_r4"]
 
 
 def test_a_wrong_variant_of_a_sweep_is_left_out(found, capsys):

@@ -225,7 +225,6 @@ def _crowd_kernel(
     PER_LINE: tl.constexpr,
     EVEN_O: tl.constexpr,
     ALIGNED: tl.constexpr,
-    HOLD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (shrinks + programs)."""
@@ -236,7 +235,7 @@ def _crowd_kernel(
     # thread holds BLOCK_T / 2 of a sum (4 warps, 64 outputs).
     TOGETHER: tl.constexpr = max(1, 128 // BLOCK_T)
     pid = tl.program_id(0)
-    if PDL and not HOLD:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     token_tiles = (T + BLOCK_T - 1) // BLOCK_T
     h_flags = flags + tl.num_programs(0)
@@ -259,8 +258,6 @@ def _crowd_kernel(
         _prefetch(w + row.to(tl.int64)[:, None] * I + tl.minimum(ahead, I - 1)[None, :])
     if PDL:
         tl.extra.cuda.gdc_wait()
-    if PDL and HOLD:
-        tl.extra.cuda.gdc_launch_dependents()
 
     while end > first:
         place = (end - 1) // steps
@@ -347,7 +344,7 @@ def _crowd_kernel(
 
 def crowd(
     x, base_weights, out, *, banks_a=(), banks_b=(), gates=None, r=1, h=None, partial, flags, cut=None,
-    hold=False, pdl=False,
+    pdl=False,
 ):  # fmt: skip
     """out[t, column(m) + o] = sum_i base_weights[m][o, i] x[t, i] + sum_rank banks_b[m][rank, o] h[t, m, rank], with
 
@@ -360,8 +357,7 @@ def crowd(
 
     cut: how the work is cut, by default `cut_for` these shapes. h [cut.h_shape], partial [cut.partial_shape]: scratch, may serve
     one call after another. flags int32 [cut.num_flags]: filled with 0 before each call.
-    The plan may be written by the kernel just ahead in the stream. hold: as of `ops.decode`. No host sync, no allocation: safe inside
-    a CUDA graph.
+    The plan may be written by the kernel just ahead in the stream. No host sync, no allocation: safe inside a CUDA graph.
     """
     base_weights, banks_a, banks_b = tuple(base_weights), tuple(banks_a), tuple(banks_b)
     if x.dim() != 2 or x.shape[0] == 0:
@@ -404,7 +400,6 @@ def crowd(
             PER_LINE=LINE // x.element_size(),
             EVEN_O=all(width % cut.block_o == 0 for width in widths),
             ALIGNED=aligned_rows(features, *base_weights, *banks_a) and all(map(aligned_rows, widths, banks_b)),
-            HOLD=hold,
             num_warps=cut.num_warps,
             num_stages=cut.num_stages,
             **launch.launch_options(pdl),

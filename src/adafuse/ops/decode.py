@@ -205,7 +205,6 @@ def _decode_kernel(
     THREADS: tl.constexpr,
     ALIGNED: tl.constexpr,
     AFTER_PLAN: tl.constexpr,
-    HOLD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The first SHRINKS programs compute h, BLOCK_SHRINK ranks of a token each; the others a tile of BLOCK_O outputs of a linear, all
@@ -215,7 +214,7 @@ def _decode_kernel(
     pid = tl.program_id(0)
     if PDL and AFTER_PLAN:
         tl.extra.cuda.gdc_wait()
-    if PDL and (AFTER_PLAN or not HOLD):
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     if J > 0:  # noqa: SIM102 - nested, so that the first is decided by the compiler
         if pid < SHRINKS:
@@ -223,7 +222,7 @@ def _decode_kernel(
                 x, banks_a, experts, weights, h, stride_x, shared_row, shared_scale, zero,
                 pid % (SHRINKS // T), pid // (SHRINKS // T),
                 T, I, K, r, S, BLOCK_SHRINK, CHUNK, ALIGNED, COPIES, PDL and not AFTER_PLAN,
-                banks_b, widths, THREADS if PREFETCH else 0, HOLD,
+                banks_b, widths, THREADS if PREFETCH else 0,
             )  # fmt: skip
             return
     tile = pid - SHRINKS
@@ -245,8 +244,6 @@ def _decode_kernel(
                 b_tiles = b_tiles + (b_tile,)  # noqa: RUF005 - Triton's tuples
     if PDL and not AFTER_PLAN:
         tl.extra.cuda.gdc_wait()
-    if PDL and HOLD and not AFTER_PLAN:
-        tl.extra.cuda.gdc_launch_dependents()
     products = _products_of_all(held, x, stride_x, T, I, CHUNK, PARTS, STEPS, BLOCK_T, THREADS // 32)
     bits = ()
     if J > 0 and AHEAD:
@@ -345,7 +342,6 @@ def decode(
     chosen: Chosen | None = None,
     h=None,
     after_plan=False,
-    hold=False,
     pdl=False,
     tile: Tile | None = None,
 ):
@@ -357,8 +353,7 @@ def decode(
     all of the dtype of x. h [C, T, M, J] int32: C (`copies_of_h`) copies,
     filled with EMPTY before each call: programs read it when it is no longer so.
     out [T, O_1 + ... + O_M], written whole, the linears' outputs side by side. Summed in fp32. after_plan: the kernel ahead
-    in the stream is the one that writes `chosen`. hold: with pdl, other kernels start when this one has waited, not before it, since they
-    read without a wait what was written before the kernel ahead of them (Inductor's do).
+    in the stream is the one that writes `chosen`.
     No host sync, no allocation: safe inside a CUDA graph.
     """
     check(x, chosen, base_weights=base_weights, banks_a=banks_a, banks_b=banks_b, out=(out,))
@@ -370,9 +365,7 @@ def decode(
     tensor_cores = base_aligned and _for_tensor_cores(x) and (tile is None or tile.block_o <= 8)
     tile = tile or (Tile.of_fragments(features) if tensor_cores else Tile.default(features, x.element_size()))
     adapted = chosen is not None
-    cut = _cut(
-        tile, tokens, features, widths, chosen.active if adapted else 0, tensor_cores, pdl and not hold, processors(x)
-    )
+    cut = _cut(tile, tokens, features, widths, chosen.active if adapted else 0, tensor_cores, pdl, processors(x))
     aligned = base_aligned and cut.even and aligned_rows(features, *banks_a, *banks_b)
     with torch.cuda.device_of(x):
         _decode_kernel[cut.grid](
@@ -397,7 +390,6 @@ def decode(
             PREFETCH=aligned and since_hopper(x),
             ALIGNED=aligned,
             AFTER_PLAN=after_plan,
-            HOLD=hold,
             **cut.constants,
             **launch_options(pdl, maxnreg=tile.maxnreg if tokens == 1 or tensor_cores else None),
         )
@@ -414,9 +406,8 @@ class _Cut(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _cut(tile: Tile, tokens, features, widths, active, tensor_cores, patient, num_processors) -> _Cut:
-    """Kept: to find it takes the host longer than the launch. active: ranks of a token, 0 for the base alone. patient: unless the tile
-    says so."""
+def _cut(tile: Tile, tokens, features, widths, active, tensor_cores, pdl, num_processors) -> _Cut:
+    """Kept: to find it takes the host longer than the launch. active: ranks of a token, 0 for the base alone."""
     shrinks = tokens * len(widths) * cdiv(active, tile.block_j)
     tiles = sum(cdiv(width, tile.block_o) for width in widths)
     places = max(0, num_processors * tile.resident - shrinks)
@@ -443,7 +434,7 @@ def _cut(tile: Tile, tokens, features, widths, active, tensor_cores, patient, nu
         "STEPS": tile.steps(features) if tensor_cores else 0,
         "CHUNKS": tile.chunks,
         "AHEAD": ahead,
-        "PATIENT": patient if tile.patient is None else tile.patient,
+        "PATIENT": pdl if tile.patient is None else tile.patient,
         "THREADS": threads,
         "num_warps": tile.num_warps,
     }

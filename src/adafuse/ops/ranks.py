@@ -142,7 +142,6 @@ def shrink_block(
     banks_b=None,
     widths: tl.constexpr = None,
     THREADS: tl.constexpr = 0,
-    HOLD: tl.constexpr = False,
 ):
     """BLOCK_J active ranks of one linear for one token: block `pid` of the linears' blocks, one linear after another.
 
@@ -164,8 +163,6 @@ def shrink_block(
     scale = tl.where(j < K * r, scale, shared_scale)
     if WAIT:
         tl.extra.cuda.gdc_wait()
-    if WAIT and HOLD:
-        tl.extra.cuda.gdc_launch_dependents()
     total = tl.sum(products_of(held, x + token * stride_x, I, CHUNK), 1) * scale
     where = h + (token * len(banks_a) + linear) * J + j
     store_copies(where, total, j < J, T * len(banks_a) * J, COPIES)

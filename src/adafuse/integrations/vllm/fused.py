@@ -7,7 +7,6 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import torch._inductor.config
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from adafuse.costs import CROWD_TOKENS
@@ -27,7 +26,7 @@ from adafuse.ops.batch import shrink_tiles
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import decode
 from adafuse.ops.gated import linear_gated
-from adafuse.ops.launch import processors, since_hopper
+from adafuse.ops.launch import processors
 from adafuse.ops.matmul import matmul_tiles
 from adafuse.ops.ranks import copies_of_h
 
@@ -83,8 +82,8 @@ class Matrices:
 
 def _decode(x, weight, a, b, group, chosen, h):
     h = view(h, copies_of_h(chosen.active), x.shape[0], len(a), chosen.active)
-    weights, banks = weight.split(group.widths), {"banks_a": tuple(a), "banks_b": tuple(b), "chosen": chosen, "h": h}
-    return decode(x, weights, _output(x, weight), **banks, **_early(x.device))
+    weights = weight.split(group.widths)
+    return decode(x, weights, _output(x, weight), banks_a=tuple(a), banks_b=tuple(b), chosen=chosen, h=h)
 
 
 def _crowd(x, weight, a, b, group, gates, flags):
@@ -96,15 +95,7 @@ def _crowd(x, weight, a, b, group, gates, flags):
         "flags": flags[: cut.num_flags(tokens, modules, shape.ranks)],
     }
     banks = {"banks_a": a, "banks_b": b, "gates": gates, "r": shape.r}
-    return crowd(x, weight.split(group.widths), _output(x, weight), **banks, **scratch, cut=cut, **_early(x.device))
-
-
-@cache
-def _early(device):
-    """Launches of few tokens start early where the kernels around them let others do so: Inductor's, with TORCHINDUCTOR_ENABLE_PDL=1. They
-    hold others back until they have waited, for Inductor reads without a wait what was written before the kernel ahead."""
-    early = getattr(torch._inductor.config.triton, "enable_pdl", False) and since_hopper(torch.empty(0, device=device))
-    return {"pdl": True, "hold": True} if early else {}
+    return crowd(x, weight.split(group.widths), _output(x, weight), **banks, **scratch, cut=cut)
 
 
 def _output(x, weight):
