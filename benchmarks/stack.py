@@ -22,6 +22,7 @@ from adafuse.ops.decode import decode, decode_ref
 from adafuse.ops.gated import add_gated, linear_gated
 from adafuse.ops.layout import dense_gates, lay_out
 from adafuse.ops.matmul import matmul_tiles
+from adafuse.ops.pair import Tile, h_shape, pair
 from adafuse.ops.ranks import EMPTY, copies_of_h
 from adafuse.ops.route import route
 from adafuse.plan import Plan
@@ -403,6 +404,20 @@ class Batch(Banks):
             scratch = {"h": hs[index], "partial": partials[index], "flags": flags[step], "cut": cuts[index]}
             banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "gates": found, "r": self.r}
             crowd(x, stack.linears(block, index), y, **({} if bare else banks), **scratch, pdl=pdl)
+
+        return launch
+
+    def _pair(self, _, gates, bare=False, pdl=True, **tile):
+        """bare: the base alone. tile: fields of the second launch's."""
+        stack, tokens = self.stack, len(self.experts)
+        one = {"experts": self.experts} if tokens == 1 else {}
+        ranks = self.top_k * self.r if one else len(self.a[0][0][0])
+        hs = [stack.x.new_empty(h_shape(tokens, len(g.widths), ranks)) for g in stack.groups]
+        found, tile = {} if bare else {"gates": gates(), "r": self.r, **one}, Tile(**tile)
+
+        def launch(step, block, index, group, x, y):
+            banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "h": hs[index], **found}
+            pair(x, stack.linears(block, index), y, **({} if bare else banks), pdl=pdl, tile=tile)
 
         return launch
 

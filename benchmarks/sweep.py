@@ -42,6 +42,18 @@ FEW = (
 )
 # One token among ordinary kernels: whether rows are asked for a quarter at a time.
 AMONG = ({}, {"patient": True})
+# Two programs a processor, three and four; half and twice as many warps for the same rows, and twice the rows.
+PAIR = (
+    {},
+    {"pdl": False},
+    {"x_ahead": 4},
+    {"ahead": 6, "maxnreg": 64},
+    {"ahead": 12, "maxnreg": 128},
+    {"num_warps": 4},
+    {"num_warps": 16, "ahead": 6, "maxnreg": 64},
+    {"rows": 32, "ahead": 4},
+    {"rows": 32, "ahead": 4, "maxnreg": 128},
+)
 CROWD = (
     {},
     {"num_stages": 4},
@@ -184,19 +196,29 @@ def sweep_among(sweep, model, tokens, ranks, rs):
             with tiles("default", changes):
                 sweep.time(name, {**case, **changes}, partial(run, pdl=False), bound, stack.prepare, error=error)
 
+    def pairs(name, batch, error, bare):
+        for given in PAIR:
+            run = partial(batch.run, "pair", bare=bare, **given)
+            sweep.time(name, {**case, **given}, run, bound, stack.prepare, error=error, poison=stack.poison)
+
     sweep.time("cublas", case, stack.run_cublas, bound, stack.prepare)
-    each("backbone", stack.run_backbone, partial(stack.error, SOME))
+    if tokens <= FEW_TOKENS:
+        each("backbone", stack.run_backbone, partial(stack.error, SOME))
     for r in rs:
         mixture = {"num_experts": 8, "r": r, "top_k": 2}
-        adapters = Adapters(stack, **mixture)
-        each(f"decode_r{r}", adapters.run, partial(adapters.error, SOME))
-        del adapters
-        free()
-        if tokens > 1:
-            batch = Batch(stack, **mixture)
-            each(f"crowd_r{r}", partial(batch.run, "crowd"), batch.error)
-            del batch
+        if tokens <= FEW_TOKENS:
+            adapters = Adapters(stack, **mixture)
+            each(f"decode_r{r}", adapters.run, partial(adapters.error, SOME))
+            del adapters
             free()
+        batch = Batch(stack, **mixture)
+        if tokens > 1:
+            each(f"crowd_r{r}", partial(batch.run, "crowd"), batch.error)
+        if r == rs[0]:
+            pairs("pair", batch, partial(stack.error, SOME), bare=True)
+        pairs(f"pair_r{r}", batch, batch.error, bare=False)
+        del batch
+        free()
 
 
 def sweep_groups(sweep, model, tokens, ranks, rs):

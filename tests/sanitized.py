@@ -13,6 +13,8 @@ from adafuse.ops.launch import processors, since_hopper
 from adafuse.ops.layout import lay_out
 from adafuse.ops.matmul import matmul_tiles, readable
 from adafuse.ops.norm import add_norm, embed_norm, swiglu
+from adafuse.ops.pair import Tile as PairTile
+from adafuse.ops.pair import h_shape, pair
 from adafuse.ops.pick import pick, room
 from adafuse.ops.ranks import EMPTY, copies_of_h
 from adafuse.ops.route import Requests, route
@@ -85,6 +87,24 @@ def a_crowd(tokens, features, widths, num_experts, r, dtype=torch.bfloat16):
     crowd(x, base, out, banks_a=banks_a, banks_b=banks_b, gates=gates, r=r, **scratch, **EARLY)
 
 
+def a_pair(tokens, features, widths, num_experts, r, top_k=0, **tile):
+    """top_k: of one token, its own ranks."""
+    ranks, experts = num_experts * r, experts_of(1, num_experts, top_k) if top_k else None
+    gates = torch.rand(tokens, num_experts + 1, device=DEVICE)
+    banks_a, base = ([normal(n, features) for n in each] for each in ([ranks] * len(widths), widths))
+    h = torch.empty(h_shape(tokens, len(widths), top_k * r or ranks), device=DEVICE, dtype=base[0].dtype)
+    banks = {
+        "banks_a": banks_a,
+        "banks_b": [normal(ranks, o) for o in widths],
+        "gates": gates,
+        "r": r,
+        "experts": experts,
+    }
+    x, out = normal(tokens, features), normal(tokens, sum(widths))
+    pair(x, base, out, **banks, h=h, tile=PairTile(**tile), **EARLY)
+    pair(x, base, out, tile=PairTile(**tile))
+
+
 def a_switch(shapes, dtype=torch.bfloat16):
     """shapes: rows, columns and rank of each weight."""
     experts, weights = experts_of(1, 6, 2), torch.rand(1, 2, device=DEVICE)
@@ -140,6 +160,9 @@ if __name__ == "__main__":
     a_batch(33, 63, (17, 40), 6, 4, 2, 3, torch.float32)
     a_batch(130, 128, (64,), 8, 16, 2, 0, splits=2)
     a_batch(130, 72, (64, 24, 304), 8, 16, 2, 3)
+    a_pair(1, 256, (64,), 8, 16, top_k=2)
+    a_pair(8, 520, (40, 17), 8, 4)
+    a_pair(20, 64, (48, 24), 4, 8, rows=32, num_warps=4)
     a_crowd(33, 192, (72, 40), 4, 8)
     a_crowd(100, 192, (72, 40), 4, 8)
     a_crowd(12, 72, (40,), 4, 4, torch.float32)

@@ -30,7 +30,7 @@ STEP = COLUMNS * QUARTERS  # columns of a warp, in one load
 
 
 @triton.jit
-def _lane(WARPS: tl.constexpr):
+def lane(WARPS: tl.constexpr):
     """warp, g, q of each thread."""
     thread = tl.arange(0, 32 * WARPS)
     return thread // 32, thread % 32 // 4, thread % 4
@@ -65,9 +65,9 @@ def _load(
 
 
 @triton.jit
-def _first(matrix, row, part, stride, PART: tl.constexpr, WARPS: tl.constexpr):
+def first_part(matrix, row, part, stride, PART: tl.constexpr, WARPS: tl.constexpr):
     """Pointers to the first 8 columns that each thread holds of its part of its row, and which column they begin with."""
-    warp, _, q = _lane(WARPS)
+    warp, _, q = lane(WARPS)
     column = part * PART + warp * STEP + q * COLUMNS
     where = row.to(tl.int64) * (stride // 2) + column // 2
     return matrix.to(tl.pointer_type(tl.int32), bitcast=True) + where[:, None] + tl.arange(0, 4)[None, :], column
@@ -83,8 +83,8 @@ def held_fragments(
     """
     ROWS: tl.constexpr = 8 // PARTS
     PART: tl.constexpr = STEPS * STEP * WARPS
-    _, g, _ = _lane(WARPS)
-    pointers, column = _first(w, tl.minimum(first_row + g % ROWS, last_row), g // ROWS, I, PART, WARPS)
+    _, g, _ = lane(WARPS)
+    pointers, column = first_part(w, tl.minimum(first_row + g % ROWS, last_row), g // ROWS, I, PART, WARPS)
     held = ()
     for step in tl.static_range(STEPS):
         if step > 0 and step % ((STEPS + CHUNKS - 1) // CHUNKS) == 0:
@@ -100,14 +100,14 @@ def fragment_products(
     """C of held rows of W and the x of 16 / PARTS tokens from first_token on, not yet summed over parts and warps: [THREADS, 4] fp32."""
     TOKENS: tl.constexpr = 16 // PARTS
     PART: tl.constexpr = len(held) * STEP * WARPS
-    _, g, _ = _lane(WARPS)
+    _, g, _ = lane(WARPS)
     row = tl.minimum(first_token + g % TOKENS, T - 1)  # tokens past the last: the last again, not stored
     there = None
     if T % TOKENS != 0:  # nor loaded: every program loads all of x (4 tokens: 4.50 ms so, 4.60 with the last again)
         there = first_token + g % TOKENS < T
-    first, column = _first(x, row, g // TOKENS, stride_x, PART, WARPS)
+    first, column = first_part(x, row, g // TOKENS, stride_x, PART, WARPS)
     row = tl.minimum(first_token + (g + 8) % TOKENS, T - 1)
-    second, column_2 = _first(x, row, (g + 8) // TOKENS, stride_x, PART, WARPS)
+    second, column_2 = first_part(x, row, (g + 8) // TOKENS, stride_x, PART, WARPS)
     # Two sums in turn: an mma takes some 30 clocks, and one that adds to it waits for it (8 tokens: 5.06 ms so, 5.13 with one sum).
     c, d = tl.zeros([32 * WARPS, 4], tl.float32), tl.zeros([32 * WARPS, 4], tl.float32)
     for step in tl.static_range(len(held)):
@@ -115,15 +115,15 @@ def fragment_products(
         a_2 = tl.zeros_like(a)
         if PARTS > 1:  # else rows 8 to 15 of A are no token: there are 8 at most
             a_2 = _load(second, column_2, step, PART, I, PARTS, WARPS, False, there)
-        c, d = _mma(held[step], a, a_2, c, d, x.dtype.element_ty, WARPS)
+        c, d = two_mma(held[step], a, a_2, c, d, x.dtype.element_ty, WARPS)
     return c + d
 
 
 @triton.jit
-def _mma(w, a, a_2, c, d, DTYPE: tl.constexpr, WARPS: tl.constexpr):
-    """c and d plus the products of 8 columns a lane, of half of them each: two mma. w: B. a, a_2: rows g and g + 8 of A."""
+def two_mma(b, a, a_2, c, d, DTYPE: tl.constexpr, WARPS: tl.constexpr):
+    """c and d plus the products of 8 columns a lane, of half of them each. b: B. a, a_2: rows g and g + 8 of A."""
     if INTERPRETED:
-        return c + _mma_in_words(w, a, a_2, DTYPE, WARPS), d
+        return c + _in_words(b, a, a_2, DTYPE, WARPS), d
     NAME: tl.constexpr = "f16" if DTYPE.is_fp16() else "bf16"
     MMA: tl.constexpr = "mma.sync.aligned.m16n8k16.row.col.f32." + NAME + "." + NAME + ".f32 "
     C: tl.constexpr = "{$0, $1, $2, $3}"
@@ -131,7 +131,7 @@ def _mma(w, a, a_2, c, d, DTYPE: tl.constexpr, WARPS: tl.constexpr):
     return tl.inline_asm_elementwise(
         MMA + C + ", {$12, $16, $13, $17}, {$8, $9}, " + C + ";\n" + MMA + D + ", {$14, $18, $15, $19}, {$10, $11}, " + D + ";",
         "=f,=f,=f,=f,=f,=f,=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,0,1,2,3,4,5,6,7",
-        [w, a, a_2, c, d],
+        [b, a, a_2, c, d],
         dtype=(tl.float32, tl.float32),
         is_pure=False,  # else it may be computed again in another layout
         pack=4,
@@ -139,12 +139,30 @@ def _mma(w, a, a_2, c, d, DTYPE: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _mma_in_words(w, a, a_2, DTYPE: tl.constexpr, WARPS: tl.constexpr):
+def two_mma_in_turn(b, a, a_2, c, DTYPE: tl.constexpr, WARPS: tl.constexpr):
+    """c plus the products of 8 columns a lane. The second waits for the first: for whoever has other sums to go on with."""
+    if INTERPRETED:
+        return c + _in_words(b, a, a_2, DTYPE, WARPS)
+    NAME: tl.constexpr = "f16" if DTYPE.is_fp16() else "bf16"
+    MMA: tl.constexpr = "mma.sync.aligned.m16n8k16.row.col.f32." + NAME + "." + NAME + ".f32 "
+    C: tl.constexpr = "{$0, $1, $2, $3}"
+    return tl.inline_asm_elementwise(
+        MMA + C + ", {$8, $12, $9, $13}, {$4, $5}, " + C + ";\n" + MMA + C + ", {$10, $14, $11, $15}, {$6, $7}, " + C + ";",
+        "=f,=f,=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,0,1,2,3",
+        [b, a, a_2, c],
+        dtype=tl.float32,
+        is_pure=False,
+        pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _in_words(b, a, a_2, DTYPE: tl.constexpr, WARPS: tl.constexpr):
     """What two mma add to C, by sums over the lanes' numbers."""
     rows = (
         tl.join(_numbers(a, DTYPE, WARPS), _numbers(a_2, DTYPE, WARPS)).permute(0, 3, 1, 2).reshape(WARPS, 16, 1, STEP)
     )
-    c = tl.sum(rows * _numbers(w, DTYPE, WARPS).reshape(WARPS, 1, 8, STEP), 3)
+    c = tl.sum(rows * _numbers(b, DTYPE, WARPS).reshape(WARPS, 1, 8, STEP), 3)
     return c.reshape(WARPS, 2, 8, 4, 2).permute(0, 2, 3, 1, 4).reshape(32 * WARPS, 4)
 
 
@@ -165,7 +183,7 @@ def fragment_sum(c, BLOCK_T: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.conste
     ROWS: tl.constexpr = 8 // PARTS
     TOKENS: tl.constexpr = 16 // PARTS
     PAIRS: tl.constexpr = (ROWS + 1) // 2
-    _, g, q = _lane(WARPS)
+    _, g, q = lane(WARPS)
     register = tl.arange(0, 4)[None, :]
     m, n = register // 2 * 8 + g[:, None], q[:, None] * 2 + register % 2
     c = tl.where((m // TOKENS == n // ROWS) & (m % TOKENS < BLOCK_T), c, 0.0)
