@@ -41,8 +41,17 @@ from whole_models import EXPERTS, TINY, TOP_K, adapted, base_model
 SHAPES["tiny"] = {**TINY, "hidden_size": 128}  # heads of 32, the least that vLLM has on a CPU
 LORAS = 8
 START = 480  # seconds
-# The last three say where a difference comes from: vLLM's first model runner, which `ours` takes, or the part that follows the batch.
-SERVERS = ("backbone", "ours", "multilora", "backbone_first_runner", "ours_adapted_only", "ours_second_runner")
+# The next three say where a difference comes from: vLLM's first model runner, which `ours` takes, or the part that follows the batch. The
+# last has `ops.pair` for a few tokens.
+SERVERS = (
+    "backbone",
+    "ours",
+    "multilora",
+    "backbone_first_runner",
+    "ours_adapted_only",
+    "ours_second_runner",
+    "ours_pair",
+)
 BARE = ("backbone", "backbone_first_runner")
 BLOCK = 16  # tokens of a block of keys and values
 # Tokens of a step for which all servers capture graphs: up to 512 those that vLLM takes by itself for 256 requests or more, then further
@@ -209,6 +218,7 @@ def servers(options, folder, r) -> dict[str, Server]:
         "backbone_first_runner": Server(plain, ["plain"], runner[0]),
         "ours_adapted_only": Server([*ours, *alone, *shared], ["tuned"], runner[0]),
         "ours_second_runner": Server([*ours, *shared], ["tuned"], runner[1]),
+        "ours_pair": Server([*ours, *shared], ["tuned"], {"ADAFUSE_PAIR_TOKENS": "32"}),
     }
     wanted = {label: found[label] for label in SERVERS if label in ("backbone", *options.servers)}
     if options.apart is None:

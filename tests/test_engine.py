@@ -11,12 +11,14 @@ import pytest
 import torch
 from engine_models import NAMES, adapted, bare, generated, logits_of, prompt, roomy
 from engine_uses import KINDS, whatever_a_user_does
-from families import VOCAB
+from families import VOCAB, fill
 from reference import relative_error
 from tiny_text import tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adafuse import AdaFuseModel, Engine
+from adafuse import AdaFuseConfig, AdaFuseModel, Engine
+from adafuse.demo.smollm2 import load_smollm2
 
 ADAPTERS = {
     "model": {"routing": "model"},
@@ -63,6 +65,25 @@ def test_two_hundred_greedy_tokens_are_those_of_huggingface(name, adapter):
     assert got.ids == wanted
     assert len(set(wanted)) > 4  # a text of one token would show nothing
     assert (got.prompt_ids, got.finish_reason, got.text) == (ids, "length", None)
+
+
+def test_two_hundred_greedy_tokens_of_smollm2():
+    """The real model, with experts that change its text."""
+    try:
+        folder = load_smollm2()
+    except ImportError as missing:
+        pytest.skip(str(missing))
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(folder)("Once upon a time, at the edge of a large forest,").input_ids
+    model = AdaFuseModel(base, AdaFuseConfig(r=2, num_experts=4, top_k=2)).eval()
+    fill(model)
+    model.load_adapter_tensors(
+        {name: t / 8 if "experts_b" in name else t for name, t in model.adapter_tensors().items()}
+    )
+    wanted = generated(model, ids, 200)
+    assert Engine(model, max_seq_len=256).generate([ids], max_new_tokens=200)[0].ids == wanted
+    assert len(set(wanted)) > 4
+    assert wanted[:20] != generated(model.detach(), ids, 20)
 
 
 @pytest.mark.parametrize("rope", ROPES)

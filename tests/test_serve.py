@@ -202,11 +202,23 @@ def test_names_and_host_can_be_chosen(tmp_path):
         ("--enable_lor", "cannot be given"),
         ("--hf-overrides.rope_theta", "cannot be given"),
         ("--hf_overrides.architectures=[]", "cannot be given"),
+        ("--prefill-context-parallel-size", "use --tensor-parallel-size"),
+        ("--enable-dbo", "cannot be given"),
+        ("--attention-backend=FLASHINFER", "choose FLASH_ATTN"),
     ],
 )
 def test_options_that_would_undo_it_are_refused(option, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         server_arguments(tmp_path, tmp_path, options=[option, "1"])
+
+
+def test_a_backend_that_does_not_say_whose_tokens_are(tmp_path):
+    base, adapter = save(tmp_path, "llama")
+    silent = ["--max-num-seqs", "8", "--attention_backend", "flashinfer"]
+    with pytest.raises(ValueError, match="flashinfer does not say where a request's tokens begin"):
+        server_arguments(adapter, base, options=silent)
+    assert silent[-1] in server_arguments(adapter, base, options=silent, adapted_only=True, load_interval=0)
+    assert "FLASH_ATTN" in server_arguments(adapter, base, options=["--attention-backend", "FLASH_ATTN"])
 
 
 @pytest.mark.parametrize("runner", ["1", "0", None])

@@ -226,6 +226,16 @@ def test_a_whole_linear_equals_loops(form, tokens, dtype, settings):
     check_layers(step, tokens, dtype)
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 20])
+@pytest.mark.parametrize("shared_rank", [0, 3])
+def test_two_launches_equal_loops(tokens, shared_rank, monkeypatch):
+    monkeypatch.setattr(op, "PAIR_TOKENS", 32)
+    monkeypatch.setattr(Group, "form", Group.form.__wrapped__)
+    step = make_step(torch.bfloat16, kernels=True, max_tokens=70, widths=OUT, shared_rank=shared_rank)
+    assert Group(IN, OUT, torch.bfloat16, step.shape).form(tokens) == "pair"
+    check_layers(step, tokens, torch.bfloat16)
+
+
 @pytest.mark.parametrize("widths", [OUT, (32, 16)])
 @pytest.mark.parametrize("form", ["tiles", "gated", "matmul"])
 def test_forms_of_larger_linears(form, widths, monkeypatch):
@@ -401,7 +411,10 @@ def test_torch_compile_keeps_a_whole_linear():
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 2, 8, 48])
 @pytest.mark.parametrize("shared_rank", [0, 3])
-def test_a_cuda_graph_holds_step_and_linears(tokens, shared_rank):
+@pytest.mark.parametrize("pair_tokens", [0, 32])
+def test_a_cuda_graph_holds_step_and_linears(tokens, shared_rank, pair_tokens, monkeypatch):
+    monkeypatch.setattr(op, "PAIR_TOKENS", pair_tokens)
+    monkeypatch.setattr(Group, "form", Group.form.__wrapped__)  # what it keeps is of another number
     step = make_step(torch.bfloat16, kernels=True, decisions=1, widths=OUT, shared_rank=shared_rank)
     h0, _, x, a, b = case(tokens, torch.bfloat16, step)
     weight, starts = torch.randn(sum(OUT), IN, device=DEVICE).bfloat16(), spread(tokens, 0)

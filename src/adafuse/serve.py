@@ -12,6 +12,7 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from importlib.metadata import entry_points
+from itertools import zip_longest
 from pathlib import Path
 
 from adafuse import checkpoint
@@ -27,7 +28,11 @@ OURS = {
     "--enable-lora": "",
     "--pipeline-parallel-size": "--tensor-parallel-size",
     "-pp": "--tensor-parallel-size",
+    "--prefill-context-parallel-size": "--tensor-parallel-size",
+    "-pcp": "--tensor-parallel-size",
+    "--enable-dbo": "",
 }
+SILENT = ("FLASHINFER",)  # attention backends that do not say where a request's tokens begin
 
 
 def run_server(adapter, base=None, *, name=None, base_name=None, adapted_only=False, load_interval=60.0, options=()):
@@ -76,6 +81,8 @@ def server_arguments(
     options = list(options)
     by_logits = _follows(adapted_only, load_interval) and not _second_runner()
     _check_options(options, by_logits)
+    if _follows(adapted_only, load_interval):
+        _check_backend(options)
     folder = checkpoint.locate(adapter)
     base = base or checkpoint.read_description(folder)["base_model_name_or_path"]
     if not base:
@@ -116,6 +123,16 @@ def _check_options(options, by_logits):
             "speculative decoding: vLLM then does not tell which request a token is of; leave it out, or serve with "
             "--adapted-only --load-interval 0"
         )
+
+
+def _check_backend(options):
+    for option, following in zip_longest(options, options[1:], fillvalue=""):
+        value = option.partition("=")[2] or following
+        if _given([option], "--attention-backend") and value.upper() in SILENT:
+            raise ValueError(
+                f"--attention-backend {value} does not say where a request's tokens begin; choose FLASH_ATTN or TRITON_ATTN, or serve the "
+                "adapted model alone: --adapted-only --load-interval 0"
+            )
 
 
 def _given(options, name):

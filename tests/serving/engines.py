@@ -22,7 +22,7 @@ REQUESTS = "adafuse.integrations.vllm.requests:Requests"
 def engine(base, adapter, **options):
     """vLLM with the adapter, by what `llm_options` says."""
     options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, **options}
-    llm = LLM(**llm_options(base, adapter), **options)
+    llm = LLM(**{**llm_options(base, adapter), **options})
     try:
         yield llm
     finally:

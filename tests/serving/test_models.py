@@ -2,11 +2,17 @@
 time.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import vllm
 from engines import REQUESTS, compare, engine, texts
 from packaging.version import Version
+from vllm.forward_context import get_forward_context
+
+from adafuse.integrations.vllm import llm_options, models
+from adafuse.integrations.vllm.names import ALONE, INTERVAL
 
 CHUNKED = {"max_num_batched_tokens": 16, "max_num_seqs": 4, "enable_prefix_caching": True, "block_size": 32}
 PREEMPTED = {
@@ -96,3 +102,21 @@ def test_padding_and_bare_tokens_are_not_counted(tmp_path):
         (load,) = llm.apply_model(lambda model: model.adafuse_step.load.clone())
     processed = sum(len(prompts[place]) + 4 for place in (0, 2))  # the last token is not fed back
     assert load.sum(1).tolist() == [2 * processed] * tiny.BLOCKS
+
+
+def test_a_backend_that_does_not_say_whose_tokens_are(tmp_path, monkeypatch):
+    """As FlashInfer's, which CPUs do not have: the adapted model alone is served, with texts equal to HuggingFace's."""
+    base, adapter = made(tmp_path, "llama", {"routing": "layer", "shared_rank": 3})
+    prompts, says = tiny.prompts(), get_forward_context
+
+    def silent():
+        told = says().attn_metadata
+        return SimpleNamespace(attn_metadata=told and {name: SimpleNamespace() for name in told})
+
+    monkeypatch.setattr(models, "get_forward_context", silent)
+    overrides = llm_options(base, adapter)["hf_overrides"]
+    with engine(base, adapter, hf_overrides={**overrides, ALONE: True, INTERVAL: 0.0}) as llm:
+        found = texts(llm, prompts)
+    compare(found, judged(base, adapter, prompts, found))
+    with engine(base, adapter) as llm, pytest.raises(Exception, match="choose FLASH_ATTN or TRITON_ATTN"):
+        texts(llm, prompts)

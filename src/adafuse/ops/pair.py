@@ -281,9 +281,9 @@ def pair(
     these and of the shared expert are read. out [T, O_1 + ... + O_M], rows may lie apart, written whole. Summed in fp32, in the same
     order every time; h is rounded to the dtype of x.
 
-    h [h_shape], of x's dtype: scratch, may serve one call after another. pdl: the second launch starts while the first runs; x, gates
-    and experts must come from launches that let none start early. A GPU of compute capability 8.0 or more, for pdl 9.0. No host
-    sync, no allocation: safe inside a CUDA graph.
+    h [h_shape], of x's dtype: scratch, may serve one call after another. pdl: the second launch starts while the first runs, which itself
+    starts when all before it has ended. A GPU of compute capability 8.0 or more, for pdl 9.0. No host sync, no allocation: safe inside
+    a CUDA graph.
     """
     base_weights, banks_a, banks_b = tuple(base_weights), tuple(banks_a), tuple(banks_b)
     _check(x, base_weights, out, banks_a, banks_b, gates, experts, r, h)

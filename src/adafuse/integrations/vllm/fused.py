@@ -26,8 +26,9 @@ from adafuse.ops.batch import shrink_tiles
 from adafuse.ops.crowd import crowd, cut_for
 from adafuse.ops.decode import decode
 from adafuse.ops.gated import linear_gated
-from adafuse.ops.launch import processors
+from adafuse.ops.launch import processors, since_hopper
 from adafuse.ops.matmul import matmul_tiles
+from adafuse.ops.pair import h_shape, pair
 from adafuse.ops.ranks import copies_of_h
 
 # By a layer's weight, as long as that is there.
@@ -47,6 +48,8 @@ def linear_by_kernels(x, weight, a, b, routing: Routing, room: Room, shape: Shap
         return _decode(x, weight, a, b, group, chosen_of(routing, tokens, shape), room.h)
     if form == "crowd":
         return _crowd(x, weight, a, b, group, gates_of(routing, tokens, shape), room.flags)
+    if form == "pair":
+        return _pair(x, weight, a, b, group, routing)
     if form == "tiles":
         y = torch.nn.functional.linear(x, weight)
         add_by_kernels(y, x, a, b, group.columns, routing, shape)
@@ -96,6 +99,19 @@ def _crowd(x, weight, a, b, group, gates, flags):
     }
     banks = {"banks_a": a, "banks_b": b, "gates": gates, "r": shape.r}
     return crowd(x, weight.split(group.widths), _output(x, weight), **banks, **scratch, cut=cut)
+
+
+def _pair(x, weight, a, b, group, routing):
+    tokens, shape, banks = x.shape[0], group.shape, {"banks_a": a, "banks_b": b, "r": group.shape.r}
+    experts, ranks = None, shape.ranks
+    if tokens == 1:
+        experts, ranks = view(routing.experts, 1, shape.top_k), shape.top_k * shape.r + shape.shared_rank
+    routed = {
+        "gates": gates_of(routing, tokens, shape),
+        "experts": experts,
+        "h": x.new_empty(h_shape(tokens, len(b), ranks)),
+    }
+    return pair(x, weight.split(group.widths), _output(x, weight), **banks, **routed, pdl=since_hopper(x))
 
 
 def _output(x, weight):

@@ -10,6 +10,7 @@ buffers of a `Step`, which stay where they are, so that a CUDA graph can hold th
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from adafuse.costs import CROWD_TOKENS, FEW_TOKENS, H100, MANY_TOKENS, Device, L
 # "gated" (32 tokens of Llama-2-7B, r 64, docs/kernels.md).
 CROWD_READS = 0.25
 ALIGNED = 4  # numbers of 4 bytes
+# Up to so many tokens `ops.pair` computes what it can read. 0, since it has not been timed yet; `ours_pair` of serve_models.py does that.
+PAIR_TOKENS = int(os.environ.get("ADAFUSE_PAIR_TOKENS", "0"))
 FORMS = ("decode", "crowd", "gated", "tiles", "matmul")  # of `costs.FORMS`
 # The same for more tokens than vLLM captures by itself, in 16 bits and with several experts a token: "tiles" is compiled for a dozen
 # numbers of tokens, each a second of the load, and would save 1 to 2 % (2 of 8 experts of r 64, Llama-3.1-8B's linears, by the estimate;
@@ -114,7 +117,9 @@ class Group(NamedTuple):
     @lru_cache(maxsize=4096)  # noqa: B019 - of tuples of numbers
     def form(self, tokens: int) -> str:
         """What computes so many tokens, by its key in `costs.FORMS`; "tiles" also for what the others cannot read, and for a few
-        tokens of which `decode` is unfit."""
+        tokens of which `decode` is unfit. Or "pair"."""
+        if tokens <= PAIR_TOKENS and self.dtype.itemsize == 2 and self.features % 8 == 0:
+            return "pair"
         layer = Layer(self.features, sum(self.widths), len(self.widths), appended=True)
         without_tiles = self.shape.top_k > 1 and self.dtype.itemsize == 2 and self._can_be_described
         forms = MANY_FORMS if tokens > MANY_TOKENS and without_tiles else FORMS

@@ -39,7 +39,7 @@ class Step:
         self.h0 = torch.zeros(max_tokens, hidden_size, dtype=dtype, device=device)
         self.adapted = torch.ones(max_requests + 1, dtype=torch.float32, device=device)
         self.load = torch.zeros(router.num_decisions, config.num_experts, dtype=torch.int64, device=device)
-        self._token = torch.arange(max_tokens, dtype=torch.int32, device=device)
+        self._token = torch.arange(max_tokens + 1, dtype=torch.int32, device=device)
         self._kernels = device.type == "cuda" if kernels is None else kernels
         self.routing = self._buffers(device)
         self.by_decision = self.routing.each()  # the same tensors for all layers: a graph has them as inputs
@@ -114,6 +114,10 @@ class Step:
     def set_adapted(self, adapted: torch.Tensor):
         """The same from the device: [requests] fp32, 1 for a request that has the adapter, else 0."""
         self.adapted[: len(adapted)].copy_(adapted)
+
+    def one_request(self, tokens: int) -> torch.Tensor:
+        """`starts` for a step whose tokens are all taken for those of one request, its padding too."""
+        return self._token[: tokens + 1 : tokens].contiguous()
 
     @torch.no_grad()
     def route(self, h0: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
@@ -199,7 +203,7 @@ class Step:
         forms = {"tiles" if group is None else group.form(tokens) for group in self._kinds}
         beside = "chosen" if few(tokens) else "tiles"
         in_order = takes_in_order(tile_counts(tokens, self.shape)[2], self.shape.top_k, self.shape.num_experts)
-        read = {"decode": "chosen", "crowd": "gates", "gated": "gates" if in_order else "tiles"}
+        read = {"decode": "chosen", "crowd": "gates", "pair": "gates", "gated": "gates" if in_order else "tiles"}
         return {read.get(form, beside) for form in forms}
 
     def _write_gates(self, experts, weights):
