@@ -5,6 +5,7 @@ and together far larger than the L2 cache. What a model has between the linears 
 """
 
 import math
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from itertools import islice
 
@@ -413,7 +414,7 @@ class Batch(Banks):
         one = {"experts": self.experts} if tokens == 1 else {}
         ranks = self.top_k * self.r if one else len(self.a[0][0][0])
         hs = [stack.x.new_empty(h_shape(tokens, len(g.widths), ranks)) for g in stack.groups]
-        found, tile = {} if bare else {"gates": gates(), "r": self.r, **one}, Tile(**tile)
+        found, tile = {} if bare else {"gates": gates(), "r": self.r, **one}, replace(Tile.default(tokens), **tile)
 
         def launch(step, block, index, group, x, y):
             banks = {"banks_a": self.a[block][index], "banks_b": self.b[block][index], "h": hs[index], **found}

@@ -51,8 +51,16 @@ PAIR = (
     {"ahead": 12, "maxnreg": 128},
     {"num_warps": 4},
     {"num_warps": 16, "ahead": 6, "maxnreg": 64},
-    {"rows": 32, "ahead": 4},
     {"rows": 32, "ahead": 4, "maxnreg": 128},
+)
+# The same for more than 16 tokens, whose sums take registers.
+PAIR_OF_MANY = (
+    {},
+    {"pdl": False},
+    {"x_ahead": 4},
+    {"maxnreg": 168},
+    {"num_warps": 4},
+    {"rows": 32, "ahead": 4, "maxnreg": 168},
 )
 CROWD = (
     {},
@@ -197,7 +205,7 @@ def sweep_among(sweep, model, tokens, ranks, rs):
                 sweep.time(name, {**case, **changes}, partial(run, pdl=False), bound, stack.prepare, error=error)
 
     def pairs(name, batch, error, bare):
-        for given in PAIR:
+        for given in PAIR_OF_MANY if tokens > 16 else PAIR:
             run = partial(batch.run, "pair", bare=bare, **given)
             sweep.time(name, {**case, **given}, run, bound, stack.prepare, error=error, poison=stack.poison)
 

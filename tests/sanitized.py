@@ -163,6 +163,7 @@ if __name__ == "__main__":
     a_pair(1, 256, (64,), 8, 16, top_k=2)
     a_pair(8, 520, (40, 17), 8, 4)
     a_pair(20, 64, (48, 24), 4, 8, rows=32, num_warps=4)
+    a_pair(8, 256, (48,), 8, 32, rows=32)  # J of 256, and a program of which only half the outputs exist
     a_crowd(33, 192, (72, 40), 4, 8)
     a_crowd(100, 192, (72, 40), 4, 8)
     a_crowd(12, 72, (40,), 4, 4, torch.float32)

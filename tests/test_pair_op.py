@@ -38,6 +38,7 @@ BIG = [
     (8, 4096, (14336, 14336), 8, 64, 2, 16),
     (13, 6912, (5120,), 8, 16, 2, 0),
     (32, 1000, (1001, 7), 7, 3, 3, 1),
+    (20, 4096, (1040,), 8, 64, 2, 0),  # where 32 rows a program go past the last output, by 16
 ]
 
 
@@ -108,6 +109,10 @@ def test_rows_apart():
     assert (out[:, 72:] == 7).all()
 
 
+def int32(*shape):
+    return torch.zeros(shape, dtype=torch.int32, device=DEVICE)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -119,12 +124,17 @@ def test_rows_apart():
         ({"banks_b": lambda b: b[:2]}, "3 banks_a and 2 banks_b, and gates, for 3 base weights"),
         ({"gates": lambda g: None}, "3 banks_a and 3 banks_b, no gates"),
         ({"banks_b": lambda b: [b[0], b[1][:-1], b[2]]}, r"a bank b is torch.bfloat16 \[127, 16\].*needs.*\[128, 16\]"),
-        ({"gates": lambda g: g[:4].contiguous()}, r"gates are torch.float32 \[4, 9\], need float32 \[8, E \+ 1\]"),
-        ({"r": lambda r: 17}, "banks of 128 ranks are too small for 8 experts of rank 17"),
-        ({"experts": lambda _: torch.zeros(8, 2, dtype=torch.int32)}, r"experts are torch.int32 \[8, 2\] for 8 token"),
-        ({"h": lambda h: h[:2]}, r"h is torch.bfloat16 \[2, 8, 128\], needs torch.bfloat16 \[3, 8, 128\]"),
+        ({"gates": lambda g: g[:4].contiguous()}, r"gates is torch.float32 \[4, 9\].*needs torch.float32 \[8, 9\]"),
+        ({"gates": lambda g: g[:, :0].contiguous()}, r"gates is torch.float32 \[8, 0\].*needs torch.float32 \[8, 1\]"),
+        ({"gates": lambda g: g.T.contiguous().T}, r"gates is .* with strides \(1, 8\), needs .*, contiguous"),
+        ({"r": lambda r: 17}, "banks of 128 ranks do not hold 8 experts of rank 17"),
+        ({"r": lambda r: 0}, "banks of 128 ranks do not hold 8 experts of rank 0"),
+        ({"experts": lambda _: int32(8, 2)}, r"experts are \[8, 2\] for 8 token\(s\): give those of one token"),
+        ({"h": lambda h: h[:2]}, r"h is torch.bfloat16 \[2, 8, 128\].*needs torch.bfloat16 \[3, 8, 128\]"),
         ({"h": lambda h: None}, "h is missing"),
         ({"out": lambda out: out[:, :-1]}, r"out is torch.bfloat16 \[8, 63\].*needs torch.bfloat16 \[8, 64\]"),
+        ({"tile": lambda _: Tile(rows=24)}, "tiles of 24 rows"),
+        ({"of_ranks": lambda _: Tile(rows=32)}, "of ranks 32"),
     ],
 )
 def test_what_cannot_be_read_is_refused(changes, says):
@@ -142,9 +152,18 @@ def test_what_cannot_be_read_is_refused(changes, says):
         "h": torch.empty(3, 8, 128, dtype=x.dtype, device=DEVICE),
         "out": torch.empty(8, 64, dtype=x.dtype, device=DEVICE),
     }
-    given |= {name: change(given[name]) for name, change in changes.items()}
+    given |= {name: change(given.get(name)) for name, change in changes.items()}
     with pytest.raises(ValueError, match=says):
         pair(given.pop("x"), given.pop("weights"), given.pop("out"), **given)
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"), [((1, 0), "at least one"), ((2, 2), r"experts is .*\[2, 2\].*needs torch.int32 \[1, 2\]")]
+)
+def test_experts_of_one_token(shape, says):
+    case = a_case(1, 64, (16,), 4, 4, 2, 3, torch.bfloat16)
+    with pytest.raises(ValueError, match=says):
+        run(*case, 4, experts=int32(*shape))
 
 
 def test_rows_that_do_not_begin_on_16_bytes_are_refused():
@@ -163,14 +182,14 @@ def test_gradients_are_refused():
 @pytest.mark.parametrize("size", BIG, ids=str)
 def test_large_sizes_on_the_gpu(size):
     check(size)
-    check(size, tile=Tile(rows=32, ahead=4))
+    check(size, tile=Tile(rows=32, ahead=4, maxnreg=168))
 
 
 @pytest.mark.gpu
 @early_launch
 @pytest.mark.parametrize("size", [BIG[0], BIG[3]], ids=str)
 def test_the_second_launch_waits_for_the_first(size):
-    """h holds NaN, and x what the step before left, until a slow kernel has written x. In a graph, without host sync, a thousand times."""
+    """h holds NaN, and x what the step before left, until a slow kernel has written x. In a graph, without host sync, often."""
     case, r = a_case(*size, torch.bfloat16), size[4]
     x, *rest, gates = case
     xs = torch.randn(8, *x.shape, device=DEVICE).to(x.dtype)
@@ -181,11 +200,14 @@ def test_the_second_launch_waits_for_the_first(size):
     outs, slow = [torch.empty_like(each) for each in exact], torch.randn(1 << 22, device=DEVICE)
     banks = {"banks_a": rest[1], "banks_b": rest[2], "gates": gates, "r": r, "h": h, **given}
 
+    slow_ranks = Tile(num_warps=1, ahead=1, x_ahead=1)  # so that h is late
+
     def steps():
-        for each, out in zip(xs, outs, strict=True):
+        for n, (each, out) in enumerate(zip(xs, outs, strict=True)):
             h.fill_(float("nan"))
             late.copy_(each + slow.sum() * 0)
-            pair(late, rest[0], out, **banks, pdl=True)
+            pair(late, rest[0], out, **banks, pdl=True, of_ranks=slow_ranks if n % 2 else None)
+            pair(xs[n - 1], rest[0], outs[n - 1], **banks, pdl=True)  # at once, with the same h
 
     steps()
     graph = torch.cuda.CUDAGraph()
@@ -195,8 +217,9 @@ def test_the_second_launch_waits_for_the_first(size):
             steps()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for _ in range(128):
+    for _ in range(50):
         for out in outs:
             out.fill_(float("nan"))
         graph.replay()
-        assert all(map(torch.equal, outs, exact))
+        # Not to the bit: other warps, another order of sums.
+        assert all(error(out, each.double().cpu()) < 1e-2 for out, each in zip(outs, exact, strict=True))

@@ -38,7 +38,7 @@ from adafuse.ops import launch
 from adafuse.ops.checks import aligned_rows
 from adafuse.ops.flags import set_flag, wait_for
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import cdiv, dot, next_power_of_2
+from adafuse.ops.launch import cdiv, dot, next_power_of_2, prefetch
 
 LINE = 128  # bytes that a prefetch asks for
 SHARED_MEMORY = 227 * 1024  # of a processor
@@ -148,19 +148,6 @@ def crowd_ref(x, base_weights, banks_a=(), banks_b=(), gates=None, r=1):
 
 
 @triton.jit
-def _prefetch(pointers):
-    """Ask for the cache lines at `pointers`, into L2."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _owner(step, programs, total):
     """Which program has this step: the last that starts at or before it. Program p starts at p * total // programs."""
     return ((step + 1) * programs - 1) // total
@@ -255,7 +242,7 @@ def _crowd_kernel(
         )
         row = tl.minimum(block * BLOCK_O + tl.arange(0, BLOCK_O), width - 1)
         ahead = tl.maximum(first - place * steps, 0) * BLOCK_I + tl.arange(0, PREFETCH // PER_LINE) * PER_LINE
-        _prefetch(w + row.to(tl.int64)[:, None] * I + tl.minimum(ahead, I - 1)[None, :])
+        prefetch(w + row.to(tl.int64)[:, None] * I + tl.minimum(ahead, I - 1)[None, :])
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -276,7 +263,7 @@ def _crowd_kernel(
             if to_step > I_STEPS and PDL:
                 b_row = tl.minimum(tl.arange(0, RANKS), R - 1)
                 for part in tl.static_range(0, BLOCK_O, PER_LINE):
-                    _prefetch(b + b_row.to(tl.int64) * width + tl.minimum(block * BLOCK_O + part, width - 1))
+                    prefetch(b + b_row.to(tl.int64) * width + tl.minimum(block * BLOCK_O + part, width - 1))
 
         acc = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
         for step in range(from_step, tl.minimum(to_step, I_STEPS)):

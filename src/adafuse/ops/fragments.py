@@ -5,7 +5,8 @@
 Lane 4 g + q holds, of A, rows g and g + 8, of B, column g, and of both the k of quarter q. Which columns of W and x are the k of a
 quarter is free, as long as both agree: a lane takes 8 consecutive ones, a load of 16 bytes that serves two mma.
 
-So B is 8 rows of W, and A is 16 tokens. With fewer tokens than that, 8 / PARTS rows are cut into PARTS parts each, and so is x:
+So, in `decode`, B is 8 rows of W, and A is 16 tokens. (In `pair` A is 16 rows, and B 8 tokens.) With fewer tokens than that, 8 / PARTS
+rows are cut into PARTS parts each, and so is x:
 
     column n of B: part n // ROWS of row n % ROWS            ROWS = 8 / PARTS
     row m of A:    part m // TOKENS of token m % TOKENS      TOKENS = 16 / PARTS

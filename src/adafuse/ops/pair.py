@@ -3,15 +3,16 @@
     h[m, t, j] = gates[t, expert(j)] * sum_i A_m[row(j), i] x[t, i]                                 the first: `_ranks_kernel`
     y[t, column(m) + o] = sum_i W_m[o, i] x[t, i] + sum_j B_m[row(j), o] h[m, t, j]                 the second: `_linears_kernel`
 
-One token: j are its K * r + S active ranks. Several: all R ranks; h is 0 where a token did not choose the expert.
+j are all R ranks, and h is 0 where a token did not choose the expert (of finite banks); of one token whose experts are given its
+K * r + S active ranks alone.
 
-* A program takes 16 whole rows of a matrix (or 32) and all tokens. Rows are A of a warp's mma.m16n8k16 and 8 tokens its B
+* A program takes 16 whole rows of a matrix and all tokens. Rows are A of a warp's mma.m16n8k16 and 8 tokens its B
   (`fragments`), so that a load of x serves two of W. (`decode` has it the other way round: with 8 tokens it loads x twice for each W.)
   The warps share the columns.
 * A thread asks for its parts of the rows some steps before it multiplies them, in registers. Nothing of a tile is kept in shared
   memory, whose stages would have to be filled and drained at every tile, and no program waits for another's sum.
 * The first launch starts when all before it has ended, as any does. The second is launched by programmatic dependent launch (PDL): it
-  starts when the programs of the first, which are few, have started. So both read x at once; the second waits for the first only when
+  starts when all programs of the first have started, which are few. So both read x at once; the second waits for the first only when
   it needs h. `decode` and `crowd` compute h in the same launch, where the rows of A queue behind those of W, unless PDL has brought
   these before. Among kernels that let nothing start early it does not.
 
@@ -33,7 +34,7 @@ from adafuse.ops.checks import aligned_rows
 from adafuse.ops.decode import tile_of
 from adafuse.ops.fragments import COLUMNS, STEP, first_part, lane, two_mma, two_mma_in_turn
 from adafuse.ops.gradients import refuse_gradients
-from adafuse.ops.launch import cdiv, dot, has_mma, launch_options, next_power_of_2
+from adafuse.ops.launch import cdiv, dot, has_mma, launch_options, next_power_of_2, prefetch
 from adafuse.ops.ranks import pick_part, rank_rows
 
 MOST_TOKENS = 32
@@ -115,7 +116,7 @@ def _multiply(
     held, xs, places, x_places, rows, tokens, DTYPE: tl.constexpr, T: tl.constexpr, I: tl.constexpr, STEPS: tl.constexpr,
     EVEN: tl.constexpr, AHEAD: tl.constexpr, X_AHEAD: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Rows times x, from what `_ask` gave: of each 16 rows of each 8 tokens [16, 8] fp32."""
+    """Rows times x, from what `_ask` gave: of each 16 rows [16, tokens] fp32."""
     TILES: tl.constexpr = len(rows) // 2
     GROUPS: tl.constexpr = len(tokens)
     ALONE: tl.constexpr = (
@@ -141,11 +142,30 @@ def _multiply(
                 more = more + (c, d)  # noqa: RUF005
         sums = more
     found = ()
-    for n in tl.static_range(TILES * GROUPS):
-        # Thread 4 g + q of a warp has rows g and g + 8 of tokens 2 q and 2 q + 1.
-        c = tl.sum((sums[2 * n] + sums[2 * n + 1]).reshape(WARPS, 8, 4, 2, 2), 0)
-        found = found + (c.permute(2, 0, 1, 3).reshape(16, 8),)  # noqa: RUF005
+    for tile in tl.static_range(TILES):
+        of_tile = ()
+        for n in tl.static_range(2 * tile * GROUPS, 2 * (tile + 1) * GROUPS, 2):
+            of_tile = of_tile + (sums[n] + sums[n + 1],)  # noqa: RUF005
+        found = found + (_sum_of_warps(of_tile, WARPS),)  # noqa: RUF005
     return found
+
+
+@triton.jit
+def _sum_of_warps(sums, WARPS: tl.constexpr):
+    """[16, 8], [16, 16] or [16, 32] of 1, 2 or 4 times 8 tokens, together: the warps meet once.
+
+    Thread 4 g + q of a warp has rows g and g + 8 of tokens 2 q and 2 q + 1.
+    """
+    if len(sums) == 1:
+        c = tl.sum(sums[0].reshape(WARPS, 8, 4, 2, 2), 0)
+        return c.permute(2, 0, 1, 3).reshape(16, 8)
+    elif len(sums) == 2:  # noqa: RET505 - what is not taken must not be compiled
+        c = tl.sum(tl.join(sums[0], sums[1]).reshape(WARPS, 8, 4, 2, 2, 2), 0)
+        return c.permute(2, 0, 4, 1, 3).reshape(16, 16)
+    else:
+        c = tl.join(tl.join(sums[0], sums[2]), tl.join(sums[1], sums[3]))
+        c = tl.sum(c.reshape(WARPS, 8, 4, 2, 2, 2, 2), 0)
+        return c.permute(2, 0, 4, 5, 1, 3).reshape(16, 32)
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------------
@@ -172,28 +192,34 @@ def _ranks_kernel(
     held, xs, places, x_places = _ask(
         pick_part(banks_a, linear), rows, x, tokens, stride_x, T, I, STEPS, EVEN, AHEAD, X_AHEAD, WARPS
     )
-    sums = _multiply(
+    t = tl.arange(0, GROUPS * 8)
+    mask = (j < J)[:, None] & (t < T)[None, :]
+    gate = tl.load(gates + t[None, :] * (E + 1) + tl.minimum(row // r, E)[:, None], mask=mask, other=0.0)
+    (found,) = _multiply(
         held, xs, places, x_places, rows, tokens, x.dtype.element_ty, T, I, STEPS, EVEN, AHEAD, X_AHEAD, WARPS
     )
-    for group in tl.static_range(GROUPS):
-        t = group * 8 + tl.arange(0, 8)
-        mask = (j < J)[:, None] & (t < T)[None, :]
-        gate = tl.load(gates + t[None, :] * (E + 1) + tl.minimum(row // r, E)[:, None], mask=mask, other=0.0)
-        where = h + (linear * GROUPS * 8 + t)[None, :] * J + j[:, None]
-        tl.store(where, (sums[group] * gate).to(h.dtype.element_ty), mask=mask)
+    where = h + (linear * GROUPS * 8 + t)[None, :] * J + j[:, None]
+    tl.store(where, (found * gate).to(h.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _b_of(
-    b, experts, j, o, width, J: tl.constexpr, E: tl.constexpr, K: tl.constexpr, r: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr
-):  # fmt: skip
-    """B of the ranks j at 16 outputs o: [ranks, 16], 0 where there is no rank."""
+def _b_rows(b, experts, j, width, J: tl.constexpr, E: tl.constexpr, K: tl.constexpr, r: tl.constexpr, S: tl.constexpr):
+    """Where the rows of B of the ranks j begin; of ranks past the last, some row."""
     row = tl.minimum(j, J - 1)
     if K > 0:
         row = rank_rows(experts, 0, E * r, row, K, r, S)
-    pointers = b + row.to(tl.int64)[:, None] * width + tl.minimum(o, width - 1)[None, :]
-    if ALIGNED:  # the compiler cannot see it through a choice of pointers
+    return b + row.to(tl.int64) * width
+
+
+@triton.jit
+def _b_of(b_rows, j, first, width, J: tl.constexpr, ALIGNED: tl.constexpr):
+    """B of the ranks j at 16 outputs from `first` on: [ranks, 16], 0 where there is no rank, others' of outputs past the last, which are
+    not stored."""
+    if ALIGNED:  # then no 16 outputs are cut: they exist or do not
+        pointers = b_rows[:, None] + (tl.minimum(first, width - 16) + tl.arange(0, 16))[None, :]
         pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 32)), (1, 16))
+    else:
+        pointers = b_rows[:, None] + tl.minimum(first + tl.arange(0, 16), width - 1)[None, :]
     return tl.load(pointers, mask=(j < J)[:, None], other=0.0)
 
 
@@ -209,37 +235,40 @@ def _linears_kernel(
     w, linear, block, column, width = tile_of(tl.program_id(0), base_weights, widths, ROWS)
     rows, tokens = _rows_of(block * ROWS, width, ROWS, WARPS), _rows_of(0, GROUPS * 8, GROUPS * 8, WARPS)
     held, xs, places, x_places = _ask(w, rows, x, tokens, stride_x, T, I, STEPS, EVEN, AHEAD, X_AHEAD, WARPS)
-    o, b_tiles = block * ROWS + tl.arange(0, 16), ()
-    if J > 0:  # behind the first rows, since the warps meet when it has come
-        b = pick_part(banks_b, linear)
-        for n in tl.static_range(TILES):
-            b_tile = _b_of(b, experts, tl.arange(0, BLOCK_J), o + n * 16, width, J, E, K, r, S, ALIGNED)
+    b_tiles = ()
+    if J > 0:
+        b, j = pick_part(banks_b, linear), tl.arange(0, BLOCK_J)
+        b_rows = _b_rows(b, experts, j, width, J, E, K, r, S)
+        for n in tl.static_range(TILES):  # behind the first rows, since the warps meet when it has come
+            b_tile = _b_of(b_rows, j, block * ROWS + n * 16, width, J, ALIGNED)
             b_tiles = b_tiles + (b_tile,)  # noqa: RUF005 - Triton's tuples
+        for start in tl.static_range(
+            BLOCK_J, J, BLOCK_J
+        ):  # else it would come from memory, at the end, with nothing else on its way
+            b_rows = _b_rows(b, experts, start + j, width, J, E, K, r, S)
+            prefetch(b_rows + tl.minimum(block * ROWS, width - 1))
     sums = _multiply(
         held, xs, places, x_places, rows, tokens, x.dtype.element_ty, T, I, STEPS, EVEN, AHEAD, X_AHEAD, WARPS
     )
     if PDL:
         tl.extra.cuda.gdc_wait()
+    t = tl.arange(0, GROUPS * 8)
     for start in tl.static_range(0, J, BLOCK_J):
         j, more = start + tl.arange(0, BLOCK_J), ()
+        # h of tokens past the last is not initialised: it reaches only their columns, which are not stored.
+        where = h + (linear * GROUPS * 8 + t)[:, None] * J + j[None, :]
+        h_tile = tl.load(where, mask=(j < J)[None, :], other=0.0)
         for n in tl.static_range(TILES):
             b_tile = b_tiles[n]
             if start > 0:
-                b_tile = _b_of(b, experts, j, o + n * 16, width, J, E, K, r, S, ALIGNED)
-            for group in tl.static_range(GROUPS):
-                t = group * 8 + tl.arange(0, 8)
-                where = h + (linear * GROUPS * 8 + t)[:, None] * J + j[None, :]
-                # What tokens past the last have there is whatever it is: it stays in their columns, which are not stored.
-                h_tile = tl.load(where, mask=(j < J)[None, :], other=0.0)
-                more = more + (dot(b_tile.T, h_tile.T, sums[n * GROUPS + group]),)  # noqa: RUF005
+                b_rows = _b_rows(b, experts, j, width, J, E, K, r, S)
+                b_tile = _b_of(b_rows, j, block * ROWS + n * 16, width, J, ALIGNED)
+            more = more + (dot(b_tile.T, h_tile.T, sums[n]),)  # noqa: RUF005
         sums = more
     for n in tl.static_range(TILES):
-        for group in tl.static_range(GROUPS):
-            t, at = group * 8 + tl.arange(0, 8), o + n * 16
-            value = sums[n * GROUPS + group].to(y.dtype.element_ty)
-            tl.store(
-                y + t[None, :] * stride_y + column + at[:, None], value, mask=(t < T)[None, :] & (at < width)[:, None]
-            )
+        o = block * ROWS + n * 16 + tl.arange(0, 16)
+        where = y + t[None, :] * stride_y + column + o[:, None]
+        tl.store(where, sums[n].to(y.dtype.element_ty), mask=(t < T)[None, :] & (o < width)[:, None])
 
 
 # --- launcher -------------------------------------------------------------------------------------------------------------
@@ -247,9 +276,9 @@ def _linears_kernel(
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel cuts the work. A program has `rows` rows of a matrix; its threads ask for `ahead` steps of them and `x_ahead` of x
-    before they multiply. maxnreg: registers of a thread, so that so many programs fit on a processor; the compiler moves loads as far
-    ahead as they allow, and without a limit hardly."""
+    """How a kernel cuts the work. A program has `rows` rows of a matrix, 16 or a power of two times as many; its threads ask for `ahead`
+    steps of them and `x_ahead` of x before they multiply. maxnreg: registers of a thread, so that so many programs fit on a
+    processor. The compiler orders loads anew: it has as many on their way as registers allow, and without a limit few."""
 
     rows: int = 16
     num_warps: int = 8
@@ -257,14 +286,24 @@ class Tile:
     x_ahead: int = 2
     maxnreg: int = 80
 
+    @classmethod
+    def default(cls, tokens: int) -> Tile:
+        """Three programs a processor; two where the sums of more tokens would not leave registers for loads."""
+        return cls(maxnreg=80 if tokens <= 16 else 128)
 
-# The first launch has few programs, of which each has to be quick: all rows of 4096 features at once.
+
+# Of the first launch, whose programs are few: each has to be quick.
 OF_RANKS = Tile(ahead=16, x_ahead=4, maxnreg=168)
+
+
+def _groups(tokens):
+    """Of 8 tokens, a power of two."""
+    return next_power_of_2(cdiv(tokens, 8))
 
 
 def h_shape(tokens: int, modules: int, ranks: int) -> tuple[int, int, int]:
     """Shape of `h`. ranks: all R, of one token its active ones."""
-    return modules, cdiv(tokens, 8) * 8, ranks
+    return modules, 8 * _groups(tokens), ranks
 
 
 def pair(
@@ -286,11 +325,11 @@ def pair(
     a CUDA graph.
     """
     base_weights, banks_a, banks_b = tuple(base_weights), tuple(banks_a), tuple(banks_b)
-    _check(x, base_weights, out, banks_a, banks_b, gates, experts, r, h)
+    tile, of_ranks = tile or Tile.default(len(x)), of_ranks or OF_RANKS
+    _check(x, base_weights, out, banks_a, banks_b, gates, experts, r, h, tile, of_ranks)
     tokens, features = x.shape
     widths = tuple(w.shape[0] for w in base_weights)
-    tile, of_ranks = tile or Tile(), of_ranks or OF_RANKS
-    sizes = {"T": tokens, "I": features, "J": 0, "E": 0, "K": 0, "r": r, "S": 0, "GROUPS": cdiv(tokens, 8)}
+    sizes = {"T": tokens, "I": features, "J": 0, "E": 0, "K": 0, "r": r, "S": 0, "GROUPS": _groups(tokens)}
     if gates is not None:
         sizes |= {"J": h.shape[2], "E": gates.shape[1] - 1, "S": len(banks_a[0]) - (gates.shape[1] - 1) * r}
     if experts is not None:
@@ -335,7 +374,7 @@ def _on_32_bytes(b):
 # --- checks ---------------------------------------------------------------------------------------------------------------
 
 
-def _check(x, base_weights, out, banks_a, banks_b, gates, experts, r, h):
+def _check(x, base_weights, out, banks_a, banks_b, gates, experts, r, h, tile, of_ranks):
     refuse_gradients(*(t for t in (x, *base_weights, *banks_a, *banks_b, gates, out) if t is not None))
     if (
         x.dim() != 2
@@ -353,12 +392,8 @@ def _check(x, base_weights, out, banks_a, banks_b, gates, experts, r, h):
         raise ValueError("base_weights is empty, needs the weights of at least one linear")
     (tokens, features), widths = x.shape, [len(w) for w in base_weights]
     for w in base_weights:
-        _check_matrix("a base weight", w, (len(w), features), x)
-    if out.shape != (tokens, sum(widths)) or out.dtype != x.dtype or out.stride(1) != 1:
-        raise ValueError(
-            f"out is {out.dtype} {list(out.shape)} with strides {out.stride()}, needs {x.dtype} [{tokens}, {sum(widths)}], its last axis "
-            "contiguous"
-        )
+        _check_tensor("a base weight", w, (len(w), features), x.dtype, x.device)
+    _check_tensor("out", out, (tokens, sum(widths)), x.dtype, x.device, whole=False)
     if (gates is None) != (not banks_a) or len(banks_a) != len(banks_b) or len(banks_a) not in (0, len(widths)):
         raise ValueError(
             f"{len(banks_a)} banks_a and {len(banks_b)} banks_b, {'no' if gates is None else 'and'} gates, for {len(widths)} base weights: "
@@ -370,35 +405,39 @@ def _check(x, base_weights, out, banks_a, banks_b, gates, experts, r, h):
         raise ValueError(
             f"rows of {features} features, of x {x.stride(0)} apart, do not all begin on 16 bytes: pad or copy them, or take `crowd`"
         )
+    if tile.rows < 16 or tile.rows & (tile.rows - 1) or of_ranks.rows != 16:
+        raise ValueError(
+            f"tiles of {tile.rows} rows, of ranks {of_ranks.rows}: rows need to be 16 or a power of two times as many, of ranks 16"
+        )
 
 
 def _check_experts(x, banks_a, banks_b, widths, gates, experts, r, h):
     (tokens, features), ranks = x.shape, len(banks_a[0])
     for a, b, width in zip(banks_a, banks_b, widths, strict=True):
-        _check_matrix("a bank a", a, (ranks, features), x)
-        _check_matrix("a bank b", b, (ranks, width), x)
-    if gates.dim() != 2 or len(gates) != tokens or gates.dtype != torch.float32 or not gates.is_contiguous():
-        raise ValueError(f"gates are {gates.dtype} {list(gates.shape)}, need float32 [{tokens}, E + 1], contiguous")
-    num_experts = gates.shape[1] - 1
-    if ranks < max(1, num_experts * r):
-        raise ValueError(f"banks of {ranks} ranks are too small for {num_experts} experts of rank {r}")
+        _check_tensor("a bank a", a, (ranks, features), x.dtype, x.device)
+        _check_tensor("a bank b", b, (ranks, width), x.dtype, x.device)
+    num_experts = gates.shape[-1] - 1
+    _check_tensor("gates", gates, (tokens, max(0, num_experts) + 1), torch.float32, x.device)
+    if r < 1 or ranks < max(1, num_experts * r):
+        raise ValueError(f"banks of {ranks} ranks do not hold {num_experts} experts of rank {r}")
     active = ranks
     if experts is not None:
-        if tokens != 1 or experts.dtype != torch.int32 or experts.dim() != 2 or not experts.is_contiguous():
+        if tokens != 1 or experts.shape[-1] == 0:
             raise ValueError(
-                f"experts are {experts.dtype} {list(experts.shape)} for {tokens} token(s), need int32 [1, K], of one token"
+                f"experts are {list(experts.shape)} for {tokens} token(s): give those of one token, at least one, or none"
             )
+        _check_tensor("experts", experts, (1, experts.shape[-1]), torch.int32, x.device)
         active = experts.shape[1] * r + ranks - num_experts * r
-    shape = h_shape(tokens, len(widths), active)
-    if h is None or h.shape != shape or h.dtype != x.dtype or not h.is_contiguous():
-        raise ValueError(
-            f"h is {'missing' if h is None else f'{h.dtype} {list(h.shape)}'}, needs {x.dtype} {list(shape)}, contiguous"
-        )
+    _check_tensor("h", h, h_shape(tokens, len(widths), active), x.dtype, x.device)
 
 
-def _check_matrix(name, matrix, shape, x):
-    if matrix.shape != shape or matrix.dtype != x.dtype or matrix.device != x.device or not matrix.is_contiguous():
+def _check_tensor(name, tensor, shape, dtype, device, whole=True):
+    """whole: no gaps between rows."""
+    if tensor is None:
+        raise ValueError(f"{name} is missing, needs {dtype} {list(shape)} on {device}")
+    good = tensor.is_contiguous() if whole else tensor.stride(-1) == 1
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or not good:
         raise ValueError(
-            f"{name} is {matrix.dtype} {list(matrix.shape)} on {matrix.device} with strides {matrix.stride()}, needs {x.dtype} "
-            f"{list(shape)} on {x.device}, contiguous"
+            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device} with strides {tensor.stride()}, needs {dtype} {list(shape)} "
+            f"on {device}, {'contiguous' if whole else 'its last axis contiguous'}"
         )
