@@ -434,3 +434,26 @@ def test_a_cuda_graph_holds_step_and_linears(tokens, shared_rank, pair_tokens, m
         graph.replay()
         right = by_loops(x.double() @ weight.double().T, x, a, b, step, h0, 0, starts, [False] * REQUESTS)
         torch.testing.assert_close(y.double(), right, rtol=3e-2, atol=6e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [70, 600, 2100])
+@pytest.mark.parametrize("shared_rank", [0, 3])
+def test_a_prompt_does_not_wait_for_the_device(tokens, shared_rank):
+    """Neither routing, sorting nor linears, launched kernel by kernel."""
+    step = make_step(torch.bfloat16, kernels=True, decisions=1, max_tokens=tokens, widths=OUT, shared_rank=shared_rank)
+    h0, _, x, a, b = case(tokens, torch.bfloat16, step)
+    weight, starts = torch.randn(sum(OUT), IN, device=DEVICE).bfloat16(), spread(tokens, 0)
+    routed = (a, b, list(step.by_decision[0]), list(step.rooms[0]), list(step.shape))
+
+    def run():
+        step.route(h0, starts)
+        return torch.ops.adafuse.adapted_linear(x, weight, *routed)
+
+    right = run()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(y, right)
