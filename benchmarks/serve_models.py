@@ -11,9 +11,9 @@ same GPUs, each with room for its keys and values, or (`--apart`, for all or som
 has the rank of all experts of a token; the eight LoRAs are one folder under eight names, and have a copy each on the GPU. What comes
 behind `--` goes to all servers.
 
-In parts: rows are written after each number in flight, `--append` adds those of another rank, number or prefix to the file, and
-`--minutes` leaves out what would begin later. A server that does not start is left out, with its errors, and the exit code is 1; the
-backbone must start. SIGTERM stops the servers, too.
+In parts: rows are written after each number in flight, `--append` adds those of another rank, number or prefix to the file,
+`--minutes` leaves out what would begin later, and with `--wait-for` the load begins when others are ready. A server that does not start
+is left out, with its errors, and the exit code is 1; the backbone must start. SIGTERM stops the servers, too.
 """
 
 import argparse
@@ -292,6 +292,9 @@ def measure(options, folder, ranks, minutes, append):
         print(f"r {names}: servers started in {took:.0f} s" + (f", but not {', '.join(failed)}" if failed else ""))
         if _place("backbone", ranks[0], ranks) in failed:
             raise SystemExit("there is nothing to compare with")
+        if options.wait_for:
+            print(f"the load begins when {options.wait_for} is there")
+            wait_for(options.wait_for)
         for turn, (r, found) in enumerate(of_rank.items()):
             urls = {label: f"http://127.0.0.1:{up[_place(label, r, ranks)][1]}" for label in found}
             running_ones = [label for label in found if _place(label, r, ranks) not in failed]
@@ -301,6 +304,11 @@ def measure(options, folder, ranks, minutes, append):
             more = ["--append"] * (append or turn > 0)
             serve.main([*load_arguments(options, folder, r), *left, *more, "--models", *models])
     return failed
+
+
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.5)
 
 
 def _place(label, r, ranks):
@@ -349,6 +357,12 @@ def parse(arguments=None):
     parser.add_argument("--models-only", action="store_true", help="make the models in --folder, and stop")
     parser.add_argument("--logs", type=Path, help="folder for the servers' output; default: beside the models")
     parser.add_argument("--minutes", type=float, help="ranks and numbers in flight that would begin later are left out")
+    parser.add_argument(
+        "--wait-for",
+        type=Path,
+        metavar="FILE",
+        help="load the servers only when this file is there: several of these programs, on GPUs of their own, can start at the same time",
+    )
     parser.add_argument("--append", action="store_true", help="keep the rows of other cases that the file has")
     parser.add_argument("--out", required=True)
     parser.add_argument("vllm", nargs="*", help="options for all servers, behind --")

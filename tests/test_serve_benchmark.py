@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -262,6 +263,15 @@ def test_sizes_of_what_is_served():
         (128 + 64) + (64 + 128) + 2 * (128 + 32) + 2 * (128 + 24) + (24 + 128)
     )  # q, o, k and v, gate and up, down
     assert of_two["expert"] == 2 * 4 * 2 * features
+
+
+def test_a_load_waits_for_a_file(tmp_path):
+    options = serve_models.parse(["--out", "x", "--wait-for", str(tmp_path / "ready")])
+    timer = threading.Timer(0.2, options.wait_for.touch)
+    timer.start()
+    serve_models.wait_for(options.wait_for)
+    assert options.wait_for.exists()
+    timer.join()
 
 
 def test_models_are_named_with_their_server():
