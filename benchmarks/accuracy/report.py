@@ -20,7 +20,8 @@ def accuracy_rows(results, groups, reference) -> list[dict]:
 
     "all" is the mean over the seeds, also in `median`, and std the sample standard deviation, null for one seed. "nll": nats per token of
     the right answers. Rows of "mean", "all" carry `diff_to_<reference>`: [low, mid, high] in percentage points, `stats.paired_difference`
-    over the common seeds; those of `FURTHER` one more. The best pre-gate has it for each domain by itself, too, and without each.
+    over the common seeds; those of `FURTHER` one more. The best pre-gate has it for each domain by itself, too, and without each; the
+    others have `diff_of_pregate_best`, and that without the domain in which it is furthest ahead.
     groups: of the test items. ValueError if the results are not of these, the reference has none, or the methods were not trained from
     the same seeds, once each.
     """
@@ -52,6 +53,7 @@ def accuracy_rows(results, groups, reference) -> list[dict]:
             rows[-1][f"diff_to_{FURTHER[name]}"] = _difference(by_seed, methods[FURTHER[name]], groups)
         if name != BEST and BEST in methods:
             rows[-1]["diff_of_pregate_best"] = _difference(methods[BEST], by_seed, groups)
+            rows[-1] |= _without_its_best_domain(methods[BEST], by_seed, groups)
     return rows
 
 
@@ -91,6 +93,17 @@ def _by_domain(ours, theirs, groups, domain, reference):
         return {f"diff_to_{reference}": _difference(ours, theirs, groups, there[domain])}
     without = {name: _difference(ours, theirs, groups, ~inside) for name, inside in there.items()}
     return {f"diff_to_{reference}_without": without} if len(without) > 1 else {}
+
+
+def _without_its_best_domain(ours, theirs, groups):
+    """Of all domains but the one in which the best pre-gate is furthest ahead, by its name: whether one domain makes a lead."""
+
+    def mean(by_seed, domain):
+        return statistics.mean(result["score"]["accuracy"][domain] for result in by_seed.values())
+
+    best = max(groups.names, key=lambda domain: mean(ours, domain) - mean(theirs, domain))
+    others = groups.domains != groups.names.index(best)
+    return {"diff_of_pregate_best_without": {best: _difference(ours, theirs, groups, others)}} if others.any() else {}
 
 
 def _difference(ours, theirs, groups, items=slice(None)):
