@@ -242,9 +242,8 @@ def _linears_kernel(
         for n in tl.static_range(TILES):  # behind the first rows, since the warps meet when it has come
             b_tile = _b_of(b_rows, j, block * ROWS + n * 16, width, J, ALIGNED)
             b_tiles = b_tiles + (b_tile,)  # noqa: RUF005 - Triton's tuples
-        for start in tl.static_range(
-            BLOCK_J, J, BLOCK_J
-        ):  # else it would come from memory, at the end, with nothing else on its way
+        # That of further ranks would else come from memory, at the end, with nothing else on its way.
+        for start in tl.static_range(BLOCK_J, J, BLOCK_J):
             b_rows = _b_rows(b, experts, start + j, width, J, E, K, r, S)
             prefetch(b_rows + tl.minimum(block * ROWS, width - 1))
     sums = _multiply(
