@@ -1,5 +1,7 @@
 """What tests ask of a GPU."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -15,3 +17,13 @@ def _starts_kernels_early():
 early_launch = pytest.mark.skipif(
     not _starts_kernels_early(), reason="needs programmatic dependent launch: a GPU of compute capability 9.0"
 )
+
+
+@contextmanager
+def no_host_sync():
+    """What waits for the device in here raises RuntimeError."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from baseline_methods import ALL, METHODS
 from families import VOCAB, batch
+from gpus import no_host_sync
 from reference import relative_error
 
 from adafuse.engine.graph import captured
@@ -31,11 +32,8 @@ def test_forwards_do_not_wait_for_the_device(method):
     for execution in graph_executions(method):
         model.execution = execution
         model(**inputs)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_host_sync():
             model(**inputs)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @torch.no_grad()
@@ -65,12 +63,8 @@ def test_the_published_form_waits(method):
     if "published" not in model.executions:
         pytest.skip("has no published form")
     model.execution = "published"
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with pytest.raises(RuntimeError, match="synchroniz"):
-            model(**given(16, torch.float32))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with no_host_sync(), pytest.raises(RuntimeError, match="synchroniz"):
+        model(**given(16, torch.float32))
 
 
 @pytest.mark.parametrize("method", ALL)

@@ -11,7 +11,7 @@ import torch
 from engine_models import NAMES, adapted, generated, logits_of, prompt
 from engine_uses import KINDS, whatever_a_user_does
 from families import family, fill
-from gpus import early_launch
+from gpus import early_launch, no_host_sync
 
 pytest.importorskip("triton")
 
@@ -188,12 +188,9 @@ def test_a_step_does_not_wait_for_the_device(model, graphs, settings):
     sampler = Sampler([Sampling(**sampling)], prompts(20), ends=(), vocab_size=VOCAB, device="cuda")
     with torch.no_grad():
         sampler = runner.begin(1, sampler, adapted=True, addresses=one._addresses())
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_host_sync():
             for _ in range(3):
                 runner.step(1, adapted=True, sampler=sampler)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 # --- kernels that start early --------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from gpus import no_host_sync
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adafuse import AdaFuseConfig, AdaFuseModel
@@ -83,11 +84,8 @@ def test_forward_does_not_wait_for_the_device(routing):
     given = {"input_ids": ids, "attention_mask": causal, "position_ids": torch.arange(16, device="cuda")[None]}
     with torch.no_grad():
         model(**given, use_cache=False)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_host_sync():
             model(**given, use_cache=False)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_forward_in_a_cuda_graph_equals_eager():

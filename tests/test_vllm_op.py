@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from gpus import no_host_sync
 
 from adafuse.config import AdaFuseConfig
 from adafuse.costs import H100, Device
@@ -408,6 +409,25 @@ def test_torch_compile_keeps_a_whole_linear():
     torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x), right)
 
 
+class OneLayer:
+    """A step of bf16 tokens and a layer that reads it. run(): routes and computes."""
+
+    def __init__(self, tokens, shared_rank, **options):
+        self.step = make_step(torch.bfloat16, kernels=True, decisions=1, widths=OUT, shared_rank=shared_rank, **options)
+        self.h0, _, self.x, self.a, self.b = case(tokens, torch.bfloat16, self.step)
+        self.weight, self.starts = torch.randn(sum(OUT), IN, device=DEVICE).bfloat16(), spread(tokens, 0)
+        step = self.step
+        self.routed = (self.a, self.b, list(step.by_decision[0]), list(step.rooms[0]), list(step.shape))
+
+    def run(self):
+        self.step.route(self.h0, self.starts)
+        return torch.ops.adafuse.adapted_linear(self.x, self.weight, *self.routed)
+
+    def by_loops(self):
+        base = self.x.double() @ self.weight.double().T
+        return by_loops(base, self.x, self.a, self.b, self.step, self.h0, 0, self.starts, [False] * REQUESTS)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 2, 8, 48])
 @pytest.mark.parametrize("shared_rank", [0, 3])
@@ -415,25 +435,16 @@ def test_torch_compile_keeps_a_whole_linear():
 def test_a_cuda_graph_holds_step_and_linears(tokens, shared_rank, pair_tokens, monkeypatch):
     monkeypatch.setattr(op, "PAIR_TOKENS", pair_tokens)
     monkeypatch.setattr(Group, "form", Group.form.__wrapped__)  # what it keeps is of another number
-    step = make_step(torch.bfloat16, kernels=True, decisions=1, widths=OUT, shared_rank=shared_rank)
-    h0, _, x, a, b = case(tokens, torch.bfloat16, step)
-    weight, starts = torch.randn(sum(OUT), IN, device=DEVICE).bfloat16(), spread(tokens, 0)
-    routed = (a, b, list(step.by_decision[0]), list(step.rooms[0]), list(step.shape))
-
-    def run():
-        step.route(h0, starts)
-        return torch.ops.adafuse.adapted_linear(x, weight, *routed)
-
-    run()  # compiles
+    layer = OneLayer(tokens, shared_rank)
+    layer.run()  # compiles
     graph = torch.cuda.CUDAGraph()
     with captured(graph):
-        y = run()
+        y = layer.run()
     for _ in range(3):
-        x.normal_()
-        h0.normal_()
+        layer.x.normal_()
+        layer.h0.normal_()
         graph.replay()
-        right = by_loops(x.double() @ weight.double().T, x, a, b, step, h0, 0, starts, [False] * REQUESTS)
-        torch.testing.assert_close(y.double(), right, rtol=3e-2, atol=6e-2)
+        torch.testing.assert_close(y.double(), layer.by_loops(), rtol=3e-2, atol=6e-2)
 
 
 @pytest.mark.gpu
@@ -441,19 +452,8 @@ def test_a_cuda_graph_holds_step_and_linears(tokens, shared_rank, pair_tokens, m
 @pytest.mark.parametrize("shared_rank", [0, 3])
 def test_a_prompt_does_not_wait_for_the_device(tokens, shared_rank):
     """Neither routing, sorting nor linears, launched kernel by kernel."""
-    step = make_step(torch.bfloat16, kernels=True, decisions=1, max_tokens=tokens, widths=OUT, shared_rank=shared_rank)
-    h0, _, x, a, b = case(tokens, torch.bfloat16, step)
-    weight, starts = torch.randn(sum(OUT), IN, device=DEVICE).bfloat16(), spread(tokens, 0)
-    routed = (a, b, list(step.by_decision[0]), list(step.rooms[0]), list(step.shape))
-
-    def run():
-        step.route(h0, starts)
-        return torch.ops.adafuse.adapted_linear(x, weight, *routed)
-
-    right = run()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        y = run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    layer = OneLayer(tokens, shared_rank, max_tokens=tokens)
+    right = layer.run()  # compiles
+    with no_host_sync():
+        y = layer.run()
     assert torch.equal(y, right)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from adafuse import checkpoint
 from adafuse.integrations.vllm.names import ALONE, INTERVAL
-from adafuse.integrations.vllm.start import llm_options, switched_on
+from adafuse.integrations.vllm.start import does_not_say, follows_batch, llm_options, switched_on
 
 HOST = "127.0.0.1"
 SPECULATIVE = ("--spec", "-sc")  # what vLLM's options of speculative decoding begin with
@@ -56,7 +56,7 @@ def run_server(adapter, base=None, *, name=None, base_name=None, adapted_only=Fa
         load_interval=load_interval,
         options=options,
     )
-    if _follows(adapted_only, load_interval) and not _second_runner():
+    if follows_batch(adapted_only, load_interval) and not _second_runner():
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # it has the logits processor
     with tempfile.TemporaryDirectory(prefix="adafuse-metrics-") as metrics, _ended_in_order():
         # So that /metrics hears of the engine's processes too.
@@ -79,9 +79,9 @@ def server_arguments(
 ) -> list[str]:
     """The arguments of vLLM's server. ValueError if the adapter cannot be served, or an option would undo it."""
     options = list(options)
-    by_logits = _follows(adapted_only, load_interval) and not _second_runner()
+    by_logits = follows_batch(adapted_only, load_interval) and not _second_runner()
     _check_options(options, by_logits)
-    if _follows(adapted_only, load_interval):
+    if follows_batch(adapted_only, load_interval):
         _check_backend(options)
     folder = checkpoint.locate(adapter)
     base = base or checkpoint.read_description(folder)["base_model_name_or_path"]
@@ -101,11 +101,6 @@ def server_arguments(
     if not _given(options, "--host"):
         arguments += ["--host", HOST]
     return [*arguments, *options, "--served-model-name", *names]
-
-
-def _follows(adapted_only, load_interval):
-    """Whether the batch is followed: to tell whose tokens have an adapter, and to report the load."""
-    return not adapted_only or load_interval > 0
 
 
 def _second_runner():
@@ -129,10 +124,7 @@ def _check_backend(options):
     for option, following in zip_longest(options, options[1:], fillvalue=""):
         value = option.partition("=")[2] or following
         if _given([option], "--attention-backend") and value.upper() in SILENT:
-            raise ValueError(
-                f"--attention-backend {value} does not say where a request's tokens begin; choose FLASH_ATTN or TRITON_ATTN, or serve the "
-                "adapted model alone: --adapted-only --load-interval 0"
-            )
+            raise ValueError(does_not_say(f"--attention-backend {value}"))
 
 
 def _given(options, name):

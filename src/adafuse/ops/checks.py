@@ -74,6 +74,20 @@ def check_chosen(x, chosen):
             raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
 
 
+def check_tensor(name, tensor, shape, dtype, device, whole=True):
+    """ValueError unless it is that. whole: no gaps between rows."""
+    if tensor is None:
+        raise ValueError(f"{name} is missing, needs {dtype} {list(shape)} on {device}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}, needs {dtype}")
+    gaps = whole and not tensor.is_contiguous()
+    if tensor.shape != shape or tensor.device != device or tensor.stride(-1) != 1 or gaps:
+        raise ValueError(
+            f"{name} is {dtype} {list(tensor.shape)} on {tensor.device} with strides {tensor.stride()}, needs {dtype} {list(shape)} on "
+            f"{device}, {'contiguous' if whole else 'its last dimension contiguous'}"
+        )
+
+
 def padded(features):
     """A row of W, padded to what a program can hold."""
     return max(next_power_of_2(features), 128)

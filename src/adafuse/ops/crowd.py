@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 
 from adafuse.ops import launch
-from adafuse.ops.checks import aligned_rows
+from adafuse.ops.checks import aligned_rows, check_tensor
 from adafuse.ops.flags import set_flag, wait_for
 from adafuse.ops.gradients import refuse_gradients
 from adafuse.ops.launch import cdiv, dot, next_power_of_2, prefetch
@@ -405,10 +405,10 @@ def _check(x, base_weights, out, banks_a, banks_b, gates, r, h, partial, flags, 
     if not base_weights:
         raise ValueError("base_weights is empty, needs the weights of at least one linear")
     for w in base_weights:
-        _check_tensor("a base weight", w, (w.shape[0], features), x.dtype)
+        check_tensor("a base weight", w, (w.shape[0], features), x.dtype, x.device)
     widths = [w.shape[0] for w in base_weights]
-    _check_tensor("out", out, (tokens, sum(widths)), x.dtype, whole=False)
-    _check_tensor("x", x, (tokens, features), x.dtype, whole=False)
+    check_tensor("out", out, (tokens, sum(widths)), x.dtype, x.device, whole=False)
+    check_tensor("x", x, (tokens, features), x.dtype, x.device, whole=False)
     ranks = 0
     if gates is None and (banks_a or banks_b):
         raise ValueError("banks were given without gates: give both, or neither for the base alone")
@@ -420,12 +420,12 @@ def _check(x, base_weights, out, banks_a, banks_b, gates, r, h, partial, flags, 
         if ranks < experts * r or ranks == 0:
             raise ValueError(f"banks of {ranks} ranks are too small for {experts} experts of rank {r}")
         for a, b, width in zip(banks_a, banks_b, widths, strict=True):
-            _check_tensor("a bank a", a, (ranks, features), x.dtype)
-            _check_tensor("a bank b", b, (ranks, width), x.dtype)
-        _check_tensor("gates", gates, (tokens, experts + 1), torch.float32)
-        _check_tensor("h", h, cut.h_shape(tokens, len(widths), ranks), x.dtype)
+            check_tensor("a bank a", a, (ranks, features), x.dtype, x.device)
+            check_tensor("a bank b", b, (ranks, width), x.dtype, x.device)
+        check_tensor("gates", gates, (tokens, experts + 1), torch.float32, x.device)
+        check_tensor("h", h, cut.h_shape(tokens, len(widths), ranks), x.dtype, x.device)
     _check_cut(cut, tokens, features, tuple(widths), ranks)
-    _check_tensor("partial", partial, cut.partial_shape, torch.float32)
+    check_tensor("partial", partial, cut.partial_shape, torch.float32, x.device)
     need = cut.num_flags(tokens, len(widths), ranks)
     if flags.dtype != torch.int32 or flags.dim() != 1 or len(flags) < need or not flags.is_contiguous():
         raise ValueError(f"flags are {flags.dtype} {list(flags.shape)}, need int32 [{need}] at least, contiguous")
@@ -448,15 +448,3 @@ def _check_cut(cut, tokens, features, widths, ranks):
         raise ValueError(
             f"the cut has {cut.programs} programs and {cut.shrinks} shrinks: make it with cut_for these shapes"
         )
-
-
-def _check_tensor(name, tensor, shape, dtype, whole=True):
-    """whole: no gaps between rows."""
-    if tensor is None or tensor.shape != shape:
-        raise ValueError(f"{name} is {'missing' if tensor is None else list(tensor.shape)}, needs {list(shape)}")
-    if tensor.dtype != dtype:
-        raise ValueError(f"{name} is {tensor.dtype}, needs {dtype}")
-    if whole and not tensor.is_contiguous():
-        raise ValueError(f"{name} has strides {tensor.stride()}, needs to be contiguous")
-    if tensor.stride(-1) != 1:
-        raise ValueError(f"{name} has strides {tensor.stride()}, its last dimension needs to be contiguous")

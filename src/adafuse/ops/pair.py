@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from adafuse.ops.checks import aligned_rows
+from adafuse.ops.checks import aligned_rows, check_tensor
 from adafuse.ops.decode import tile_of
 from adafuse.ops.fragments import COLUMNS, STEP, first_part, lane, two_mma, two_mma_in_turn
 from adafuse.ops.gradients import refuse_gradients
@@ -337,10 +337,9 @@ def pair(
     with torch.cuda.device_of(x):
         if gates is not None:
             blocks = cdiv(h.shape[2], 16)
-            options = _options(of_ranks, features) | {
-                **launch_options(False, of_ranks.maxnreg),
-                "PDL": _starts_next(pdl),
-            }
+            # Starts as any other, and lets the second start early.
+            starts = {**launch_options(False, of_ranks.maxnreg), "PDL": launch_options(pdl)["PDL"]}
+            options = _options(of_ranks, features) | starts
             _ranks_kernel[(len(widths) * blocks,)](
                 x, banks_a, experts, gates, h, x.stride(0), BLOCKS=blocks, **sizes, **options
             )
@@ -351,11 +350,6 @@ def pair(
             ALIGNED=aligned, **sizes, **options,
         )  # fmt: skip
     return out
-
-
-def _starts_next(pdl):
-    """PDL of the first launch: it lets the second start early, but starts as any other."""
-    return launch_options(pdl)["PDL"]
 
 
 @lru_cache(maxsize=256)
@@ -391,8 +385,8 @@ def _check(x, base_weights, out, banks_a, banks_b, gates, experts, r, h, tile, o
         raise ValueError("base_weights is empty, needs the weights of at least one linear")
     (tokens, features), widths = x.shape, [len(w) for w in base_weights]
     for w in base_weights:
-        _check_tensor("a base weight", w, (len(w), features), x.dtype, x.device)
-    _check_tensor("out", out, (tokens, sum(widths)), x.dtype, x.device, whole=False)
+        check_tensor("a base weight", w, (len(w), features), x.dtype, x.device)
+    check_tensor("out", out, (tokens, sum(widths)), x.dtype, x.device, whole=False)
     if (gates is None) != (not banks_a) or len(banks_a) != len(banks_b) or len(banks_a) not in (0, len(widths)):
         raise ValueError(
             f"{len(banks_a)} banks_a and {len(banks_b)} banks_b, {'no' if gates is None else 'and'} gates, for {len(widths)} base weights: "
@@ -413,10 +407,10 @@ def _check(x, base_weights, out, banks_a, banks_b, gates, experts, r, h, tile, o
 def _check_experts(x, banks_a, banks_b, widths, gates, experts, r, h):
     (tokens, features), ranks = x.shape, len(banks_a[0])
     for a, b, width in zip(banks_a, banks_b, widths, strict=True):
-        _check_tensor("a bank a", a, (ranks, features), x.dtype, x.device)
-        _check_tensor("a bank b", b, (ranks, width), x.dtype, x.device)
+        check_tensor("a bank a", a, (ranks, features), x.dtype, x.device)
+        check_tensor("a bank b", b, (ranks, width), x.dtype, x.device)
     num_experts = gates.shape[-1] - 1
-    _check_tensor("gates", gates, (tokens, max(0, num_experts) + 1), torch.float32, x.device)
+    check_tensor("gates", gates, (tokens, max(0, num_experts) + 1), torch.float32, x.device)
     if r < 1 or ranks < max(1, num_experts * r):
         raise ValueError(f"banks of {ranks} ranks do not hold {num_experts} experts of rank {r}")
     active = ranks
@@ -425,18 +419,6 @@ def _check_experts(x, banks_a, banks_b, widths, gates, experts, r, h):
             raise ValueError(
                 f"experts are {list(experts.shape)} for {tokens} token(s): give those of one token, at least one, or none"
             )
-        _check_tensor("experts", experts, (1, experts.shape[-1]), torch.int32, x.device)
+        check_tensor("experts", experts, (1, experts.shape[-1]), torch.int32, x.device)
         active = experts.shape[1] * r + ranks - num_experts * r
-    _check_tensor("h", h, h_shape(tokens, len(widths), active), x.dtype, x.device)
-
-
-def _check_tensor(name, tensor, shape, dtype, device, whole=True):
-    """whole: no gaps between rows."""
-    if tensor is None:
-        raise ValueError(f"{name} is missing, needs {dtype} {list(shape)} on {device}")
-    good = tensor.is_contiguous() if whole else tensor.stride(-1) == 1
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or not good:
-        raise ValueError(
-            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device} with strides {tensor.stride()}, needs {dtype} {list(shape)} "
-            f"on {device}, {'contiguous' if whole else 'its last axis contiguous'}"
-        )
+    check_tensor("h", h, h_shape(tokens, len(widths), active), x.dtype, x.device)

@@ -4,7 +4,8 @@ it is asked for.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from vllm.config import VllmConfig
@@ -19,7 +20,15 @@ from adafuse.fingerprint import tensor_shapes
 from adafuse.integrations.vllm.linears import adapt, compile_ahead, give_room, pieces, place
 from adafuse.integrations.vllm.names import ALONE, DIGEST, FALLBACK, INTERVAL, PREFIX, STEP
 from adafuse.integrations.vllm.routing import Step
-from adafuse.integrations.vllm.start import Served, check_engine, check_fallback, check_fingerprint, digest
+from adafuse.integrations.vllm.start import (
+    Served,
+    check_engine,
+    check_fallback,
+    check_fingerprint,
+    digest,
+    does_not_say,
+    follows_batch,
+)
 from adafuse.router import Router
 
 
@@ -52,8 +61,7 @@ class AdaptedModel:
             _give_back_name(config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         self.adafuse_step = attach(self, served, vllm_config)
-        # Then nobody asks whose a token is.
-        self._follows = not getattr(config, ALONE, False) or getattr(config, INTERVAL, 0) > 0
+        self._follows = follows_batch(getattr(config, ALONE, False), getattr(config, INTERVAL, 0))
         vllm_config.compilation_config.static_forward_context[STEP] = self.adafuse_step
 
     def get_model_state_cls(self) -> type:
@@ -66,8 +74,8 @@ class AdaptedModel:
     # Not `forward`: some of vLLM's classes compile theirs, and the routing must run in front of what is compiled.
     def __call__(self, input_ids=None, positions=None, intermediate_tensors=None, inputs_embeds=None, **kwargs):
         h0 = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        starts = request_starts(None if self._follows else self.adafuse_step.one_request(len(h0)))
-        h0 = self.adafuse_step.route(h0, starts)
+        otherwise = None if self._follows else partial(self.adafuse_step.one_request, len(h0))
+        h0 = self.adafuse_step.route(h0, request_starts(otherwise))
         return super().__call__(
             input_ids=None,
             positions=positions,
@@ -87,23 +95,20 @@ def _give_back_name(config):
     config.architectures = [named]
 
 
-def request_starts(otherwise: torch.Tensor | None = None) -> torch.Tensor | None:
+def request_starts(otherwise: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
     """[requests + 1] int32: where in the running step each request's tokens begin, and their number; None in a step
     without requests.
 
-    otherwise: what to take where the attention backend does not say so. None: ValueError.
+    otherwise: makes what to take where the attention backend does not say so. None: ValueError.
     """
     metadata = get_forward_context().attn_metadata
     if not metadata:
         return None
     first = next(iter(metadata.values())) if isinstance(metadata, dict) else None
-    starts = getattr(first, "query_start_loc", otherwise)
-    if starts is None:
-        raise ValueError(
-            f"this attention backend ({type(first).__name__}) does not say where a request's tokens begin; choose FLASH_ATTN or "
-            "TRITON_ATTN with --attention-backend, or serve the adapted model alone: --adapted-only --load-interval 0"
-        )
-    return starts
+    starts = getattr(first, "query_start_loc", None)
+    if starts is None and otherwise is None:
+        raise ValueError(does_not_say(f"this attention backend ({type(first).__name__})"))
+    return otherwise() if starts is None else starts
 
 
 def attach(model, served: Served, vllm_config: VllmConfig) -> Step:

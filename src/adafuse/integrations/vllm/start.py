@@ -202,6 +202,19 @@ def _check_same(adapter, print_, key, value):
         )
 
 
+def follows_batch(adapted_only: bool, load_interval: float) -> bool:
+    """Whether somebody asks whose a token is: to leave the base's without adapter, or to report the load."""
+    return not adapted_only or load_interval > 0
+
+
+def does_not_say(backend: str) -> str:
+    """Of an attention backend, for an error."""
+    return (
+        f"{backend} does not say where a request's tokens begin; choose FLASH_ATTN or TRITON_ATTN with --attention-backend, or serve the "
+        "adapted model alone: --adapted-only --load-interval 0"
+    )
+
+
 def switched_on(variable) -> bool:
     """Whether one of vLLM's environment variables says yes."""
     return os.environ.get(variable, "").lower() in ("1", "true")
